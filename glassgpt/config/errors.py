@@ -1,0 +1,16 @@
+"""Errors that are the user's to mend: printed as one line with exit code 2, never as a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The message says what was given, what was expected and what to do."""
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' when a known name is close to the given one, else ''."""
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,189 @@
+"""Byte-level BPE: text to ids and back, over Hugging Face `tokenizers` (Radford et al. 2019, §2.2)."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from glassgpt.config import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+# (vocabulary, merges): Hugging Face's names and OpenAI's.
+VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+@lru_cache
+def byte_characters() -> dict[str, int]:
+    """GPT-2's table of printable stand-ins, character -> byte: the 256 bytes as characters that are never spaces."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+class Tokenizer:
+    """Encode and decode text. Every byte string has ids, and ids give back exactly those bytes."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+
+    # ------------------------------------------------------------------ load, train, save
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read `tokenizer.json` (a file, or in a folder) or a folder with vocab.json + merges.txt or encoder.json + vocab.bpe.
+
+        Raises UserError saying what was looked for when none is there or a file cannot be read.
+        """
+        path = Path(path)
+        try:
+            if path.is_file():
+                return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            if (path / "tokenizer.json").is_file():
+                return cls.load(path / "tokenizer.json")
+            for vocabulary, merges in VOCABULARY_FILES:
+                if (path / vocabulary).is_file() and (path / merges).is_file():
+                    return cls._from_merges(path / vocabulary, path / merges)
+        except UserError:
+            raise
+        except Exception as error:  # the backend raises bare Exception on a malformed file
+            raise UserError(f"{path}: cannot read the tokenizer: {error}") from error
+        names = ["tokenizer.json", *(f"{vocabulary} + {merges}" for vocabulary, merges in VOCABULARY_FILES)]
+        raise UserError(f"{path}: no tokenizer found; looked for {', '.join(names)}")
+
+    @classmethod
+    def _from_merges(cls, vocabulary: Path, merges: Path) -> Tokenizer:
+        ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").splitlines()
+        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        if bad := [pair for pair in pairs if len(pair) != 2]:
+            raise UserError(f"{merges}: a merge is two tokens on a line; got {' '.join(bad[0])!r}")
+        return cls(_byte_level(models.BPE(ids, pairs)))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn a byte-level BPE of `vocab_size` ids (256 bytes, merges, one end-of-text token) from `texts`."""
+        if vocab_size < 257:
+            raise UserError(f"vocab_size must be at least 257 (256 bytes and the end-of-text token); got {vocab_size}")
+        backend = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` into `folder`."""
+        (Path(folder) / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        return self._backend.to_str()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the tokenizer: two with equal hashes give equal ids. Stored with every shard and checkpoint."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    # ------------------------------------------------------------------ encode
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size()
+
+    @property
+    def end_id(self) -> int | None:
+        """Id of the end-of-text token, None when the vocabulary has none."""
+        return self._backend.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of `text`. The string `<|endoftext|>` is ordinary text unless `allow_special`: text from users must not end documents."""
+        return self.encode_batch([text], allow_special=allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
+        """Ids of each text, on all cores. Raises UserError for text that is not valid Unicode (lone surrogates)."""
+        self._backend.encode_special_tokens = not allow_special
+        try:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except (UnicodeEncodeError, TypeError) as error:
+            raise UserError(f"text is not valid Unicode ({error}); decode bytes as UTF-8, or use encode_bytes") from error
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any bytes: valid UTF-8 as `encode`, every other byte as its own token."""
+        ids: list[int] = []
+        pending = ""
+        for character in data.decode("utf-8", errors="surrogateescape"):
+            if "\udc80" <= character <= "\udcff":  # surrogateescape's stand-in for a byte that is not UTF-8
+                ids += [*(self.encode(pending) if pending else ()), self._byte_ids[ord(character) - 0xDC00]]
+                pending = ""
+            else:
+                pending += character
+        return ids + (self.encode(pending) if pending else [])
+
+    # ------------------------------------------------------------------ decode
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 show as U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of `ids`. Raises UserError for an id outside the vocabulary."""
+        return b"".join(map(self.token_bytes, ids))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token."""
+        if not 0 <= token_id < len(self._bytes_of_id):
+            raise UserError(f"token id {token_id} is outside the vocabulary (0 to {len(self._bytes_of_id) - 1})")
+        return self._bytes_of_id[token_id]
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text piece by piece as ids arrive, one piece per id; an incomplete character waits for its last byte."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in ids:
+            yield decoder.decode(self.token_bytes(token_id))
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+    def byte_lengths(self) -> list[int]:
+        """Bytes of text behind each id, 0 for special tokens: what bits per byte divides by."""
+        return [0 if token_id in self._special else len(data) for token_id, data in enumerate(self._bytes_of_id)]
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        return {token_id: str(token) for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _bytes_of_id(self) -> list[bytes]:
+        table = byte_characters()
+        pieces = {token_id: token for token, token_id in self._backend.get_vocab(with_added_tokens=True).items()}
+        return [
+            pieces.get(token_id, "").encode()
+            if token_id in self._special or not all(c in table for c in pieces.get(token_id, ""))
+            else bytes(table[c] for c in pieces.get(token_id, ""))
+            for token_id in range(max(pieces) + 1)
+        ]
+
+    @cached_property
+    def _byte_ids(self) -> list[int]:
+        by_byte = {byte: self._backend.token_to_id(character) for character, byte in byte_characters().items()}
+        if missing := [byte for byte, token_id in by_byte.items() if token_id is None]:
+            raise UserError(f"the tokenizer is not byte-level: no token for {len(missing)} of 256 bytes (first: {min(missing)})")
+        return [by_byte[byte] for byte in range(256)]
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if backend.token_to_id(END_OF_TEXT) is not None:
+        backend.add_special_tokens([END_OF_TEXT])
+    return backend

@@ -1,0 +1,167 @@
+"""Pretraining: text in, run folder out. One flat function, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from glassgpt import data
+from glassgpt.config import DataConfig, Pretrain, UserError
+from glassgpt.config.files import read_yaml, write_yaml
+from glassgpt.model import GPT, plain, use_attention
+from glassgpt.text import Tokenizer
+from glassgpt.train import checkpoint, machine, optim
+from glassgpt.train.loss import token_loss
+from glassgpt.train.run import Log, Progress, plot_loss
+
+CONFIG_FILE = "config.yaml"
+FIXED_ON_RESUME = ("model", "data", "optim", "max_steps", "batch_size", "accumulation_steps", "seed", "precision")
+
+
+def pretrain(config: Pretrain) -> Path:
+    """Train from random weights; returns the run folder.
+
+    Raises UserError for input that cannot be trained on, for a folder that holds another run, and for a loss that is no
+    longer finite.
+    """
+    run = Path(config.out_dir)
+    open_run(run, config)
+    machine.keep_freed_memory()
+    device = machine.pick_device(config.device)
+    tokenizer, shards = prepare(run, config.data, config.model.vocab_size)
+    shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+
+    torch.manual_seed(config.seed)
+    model = GPT(shape).to(device)
+    if config.compile and device.type == "cpu":
+        use_attention(model, plain)  # the compiler fuses it into fewer passes than the CPU's SDPA takes: docs/log.md
+    trained = torch.compile(model) if config.compile else model
+    optimizers = optim.build(model, config.optim)
+    stream = data.Stream(
+        shards.tokens("train"), shape.context_tokens, config.batch_size, config.accumulation_steps, seed=config.seed
+    )
+    held_out = data.in_order(shards.tokens("val"), shape.context_tokens, config.batch_size)
+    byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=device)
+    low_precision = machine.autocast(device, config.precision, shape.width)
+
+    saved = checkpoint.complete(run)
+    step = checkpoint.restore(saved[-1], model, optimizers) if saved else 0
+    log = Log(run, step)
+    with contextlib.closing(log), Progress(run.name, config.max_steps, step) as progress:
+        progress.say(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {shards.count('train'):,} training tokens,"
+            f" {shards.count('val'):,} held out; {config.batch_size * config.accumulation_steps * shape.context_tokens:,} tokens a step"
+        )
+        while step < config.max_steps:
+            began = time.perf_counter()
+            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout of a step depends on the step alone
+            rate = optim.learning_rate(step, config.max_steps, config.optim)
+            optim.set_rate(optimizers, rate)
+            batches = [stream.batch(step, micro) for micro in range(config.accumulation_steps)]
+            count = sum(batch.count for batch in batches)
+            total = 0.0
+            for batch in batches:
+                with low_precision:
+                    logits = trained(batch.ids.to(device))  # (B, T, V)
+                loss = token_loss(logits, batch.targets.to(device)).sum / count
+                loss.backward()
+                total += loss.item()
+            norm = optim.clip(model, config.optim.grad_clip)
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                raise UserError(
+                    f"step {step + 1}: loss {total}, gradient norm {norm}: training has diverged, and this step was not applied."
+                    f" Last good checkpoint: {saved[-1] if saved else 'none'} (try a lower optim.learning_rate, now {config.optim.learning_rate})"
+                )
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            seconds = time.perf_counter() - began
+            entry = {"step": step, "loss": total, "grad_norm": norm, "lr": rate, "tokens": count, "seconds": round(seconds, 4)}
+            last = step == config.max_steps
+            if last or (config.eval_interval and step % config.eval_interval == 0):
+                apart = 1 if last else max(1, len(held_out) // max(1, config.eval_batches))
+                entry |= evaluate(model, held_out[::apart], byte_lengths, low_precision)
+                progress.say(f"step {step}: held-out loss {entry['val_loss']:.4f}, {entry['val_bits_per_byte']:.4f} bits per byte")
+            log.write(entry)
+            progress.update(step, total, count / seconds)
+            if last or (config.save_interval and step % config.save_interval == 0):
+                facts = {key: value for key, value in entry.items() if key.startswith("val_")}
+                saved.append(checkpoint.save(run, step, model, optimizers, tokenizer, facts))
+                checkpoint.prune(run, config.keep_checkpoints)
+                plot_loss(run)
+    return run
+
+
+def open_run(run: Path, config: Pretrain) -> None:
+    """Make the run folder and write the resolved configuration, or check that a resumed one asks for the same run."""
+    path = run / CONFIG_FILE
+    if not path.exists():
+        if run.exists() and any(run.iterdir()):
+            raise UserError(f"{run} is not empty and holds no run; choose another out_dir")
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {run}: {error.strerror}") from error
+        write_yaml(path, config)
+        return
+    if not config.resume:
+        raise UserError(f"{run} holds a run already; continue it with --resume, or choose another out_dir")
+    before = read_yaml(path, Pretrain)
+    for name in FIXED_ON_RESUME:
+        if getattr(before, name) != getattr(config, name):
+            raise UserError(
+                f"{run} was started with {name} = {getattr(before, name)}; resuming asks for {getattr(config, name)}."
+                " Leave it as it was, or start a new run in another out_dir"
+            )
+
+
+def prepare(run: Path, config: DataConfig, vocab_size: int) -> tuple[Tokenizer, data.shards.Shards]:
+    """The run's tokenizer and shards: read if they are there, made from the sources if not."""
+    if (run / "tokenizer.json").exists() and (run / "shards").exists():
+        tokenizer = Tokenizer.load(run)
+        return tokenizer, data.shards.read(run / "shards", tokenizer)
+    documents = list(data.documents(config.sources))
+    if not documents:
+        raise UserError(f"the corpus is empty: no text in {', '.join(config.sources)}")
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.load(config.tokenizer)
+    else:
+        training, _ = data.shards.hold_out(documents, config.holdout_share)
+        tokenizer = Tokenizer.train(training, vocab_size)
+    tokenizer.save(run)
+    return tokenizer, data.shards.write(run / "shards", documents, tokenizer, config.holdout_share)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[data.Batch],
+    byte_lengths: Tensor,
+    low_precision: contextlib.AbstractContextManager[object],
+) -> dict[str, float]:
+    """Loss in nats per token, and bits per byte: nats / ln 2 / the bytes that the predicted tokens stand for.
+
+    `byte_lengths` (V,) holds the bytes behind each id. Bits per byte compares models with different tokenizers.
+    """
+    was_training = model.training
+    model.eval()
+    nats = tokens = text_bytes = 0.0
+    for batch in batches:
+        targets = batch.targets.to(byte_lengths.device)
+        with low_precision:
+            logits = model(batch.ids.to(byte_lengths.device))
+        loss = token_loss(logits, targets)
+        nats += loss.sum.item()
+        tokens += loss.count.item()
+        text_bytes += byte_lengths[targets].sum().item()
+    model.train(was_training)
+    return {"val_loss": nats / tokens, "val_bits_per_byte": nats / math.log(2) / max(1.0, text_bytes), "val_tokens": tokens}
