@@ -1,0 +1,50 @@
+"""GlassGPT: build a GPT, look inside it, train it. Names are imported when first used, so `import glassgpt` is instant."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glassgpt.config import PRESETS as PRESETS
+    from glassgpt.config import ModelConfig as ModelConfig
+    from glassgpt.config import Pretrain as Pretrain
+    from glassgpt.config import UserError as UserError
+    from glassgpt.config import preset as preset
+    from glassgpt.config.generate import Generate as Generate
+    from glassgpt.config.generate import Sampling as Sampling
+    from glassgpt.generation import complete as complete
+    from glassgpt.generation import generate as generate
+    from glassgpt.loading import download as download
+    from glassgpt.loading import export as export
+    from glassgpt.loading import load as load
+    from glassgpt.model import GPT as GPT
+    from glassgpt.text import Tokenizer as Tokenizer
+    from glassgpt.train.pretrain import pretrain as pretrain
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PRESETS": "config",
+    "ModelConfig": "config",
+    "Pretrain": "config",
+    "UserError": "config",
+    "preset": "config",
+    "Generate": "config.generate",
+    "Sampling": "config.generate",
+    "complete": "generation",
+    "generate": "generation",
+    "download": "loading",
+    "export": "loading",
+    "load": "loading",
+    "GPT": "model",
+    "Tokenizer": "text",
+    "pretrain": "train.pretrain",
+}
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'glassgpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"glassgpt.{_HOME[name]}"), name)

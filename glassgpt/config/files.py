@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors
 import yaml
 
 from glassgpt.config.errors import UserError, nearest
@@ -39,8 +40,9 @@ def complete_folder(target: Path) -> Iterator[Path]:
             fsync(path)
         aside.rename(target)
         fsync(target.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; nothing that was there before has changed") from error
+    except (OSError, safetensors.SafetensorError) as error:  # safetensors reports a full disk as its own error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {target}: {reason}; nothing that was there before has changed") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -75,14 +77,16 @@ def from_plain(kind: type[Config], values: Any, default: Config | None = None, w
     A ModelConfig may be given as a preset's name, or as a mapping with `preset` and changes. Raises UserError naming an
     unknown key and the nearest known one, or a value of the wrong type.
     """
-    if kind is ModelConfig:
-        values = {"preset": values} if isinstance(values, str) else dict(values)
-        if "preset" in values:
-            default = typing.cast(Config, preset(values.pop("preset")))
+    if kind is ModelConfig and isinstance(values, str):
+        values = {"preset": values}
     if not isinstance(values, dict):
-        raise UserError(f"{where or 'configuration'}: expected keys and values; got {values!r}")
+        raise UserError(f"{where.rstrip('.') or 'configuration'}: expected keys and values; got {values!r}")
+    if kind is ModelConfig and "preset" in values:
+        default = typing.cast(Config, preset(str(values["preset"])))
+        values = {key: value for key, value in values.items() if key != "preset"}
     hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
+    names = list(fields)
     given: dict[str, Any] = {}
     for key, value in values.items():
         name, path = str(key).replace("-", "_"), f"{where}{key}"
@@ -90,17 +94,22 @@ def from_plain(kind: type[Config], values: Any, default: Config | None = None, w
             raise UserError(f"unknown key {path!r}{nearest(name, names)}; known: {', '.join(names)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
-            given[name] = from_plain(typing.cast(type, hint), value, getattr(default, name, None), f"{path}.")
+            given[name] = from_plain(typing.cast(type, hint), value, getattr(default, name, _own_default(fields[name])), f"{path}.")
         else:
             given[name] = _checked(hint, value, path)
     return dataclasses.replace(typing.cast(Any, default), **given) if default is not None else kind(**given)
 
 
+def _own_default(field: dataclasses.Field[Any]) -> Any:
+    """What the field holds when nothing is given for it, None when it must be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
 def _checked(hint: Any, value: Any, path: str) -> Any:
     """`value` as the annotated type; YAML gives ints where floats are meant and lists where tuples are."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return _checked(arguments[0], value, path)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
@@ -68,6 +69,8 @@ def _of_jsonl(path: Path) -> Iterator[str]:
             raise UserError(f"{path}, line {number}: not JSON: {error.msg}") from error
         if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
             raise UserError(f"{path}, line {number}: expected an object with a string field `text`; got {line[:60]}")
+        if half := re.search("[\ud800-\udfff]", record["text"]):
+            raise UserError(f"{path}, line {number}: `text` holds {half[0]!r}, half of a surrogate pair, which is not Unicode text")
         yield record["text"]
 
 
@@ -81,8 +84,9 @@ def embedded() -> Iterator[str]:
     except ImportError:  # some distributions split it off
         topics = {}
     yield from (text for _, text in sorted(topics.items()))
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py")):
-        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.glob("**/*.py")):
+        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(library).parts):
             continue
         try:
             tree = ast.parse(path.read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -76,16 +77,21 @@ class Stream:
 
 
 def in_order(arrays: Sequence[np.ndarray], context_tokens: int, batch_size: int) -> list[Batch]:
-    """Every array once, front to back, in windows that share no target: for validation.
+    """Every array once, front to back, each target in one window: for validation. An array's rest is a shorter window.
 
     Raises UserError when the text has fewer than two tokens.
     """
-    T = min(context_tokens, max((len(array) for array in arrays), default=0) - 1)
-    if T < 1:
+    T = context_tokens
+    rows = [array[start : start + T + 1] for array in arrays for start in range(0, len(array) - 1, T)]
+    if not rows:
         raise UserError("the held-out text has fewer than two tokens; give more text or a larger data.holdout_share")
-    rows = [array[i * T : i * T + T + 1] for array in arrays for i in range((len(array) - 1) // T)]
-    windows = [torch.from_numpy(np.stack(rows[i : i + batch_size]).astype(np.int64)) for i in range(0, len(rows), batch_size)]
-    return [Batch(window[:, :-1], window[:, 1:]) for window in windows]
+    batches = []
+    for _, group in groupby(rows, key=len):  # only rows of one length make a tensor
+        alike = list(group)
+        for first in range(0, len(alike), batch_size):
+            window = torch.from_numpy(np.stack(alike[first : first + batch_size]).astype(np.int64))  # (B, T + 1)
+            batches.append(Batch(window[:, :-1], window[:, 1:]))
+    return batches
 
 
 @lru_cache(maxsize=4)

@@ -19,7 +19,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 class LayerCache(Protocol):
-    """What attention needs of a key/value cache; `glassgpt.generate.cache` has the real one."""
+    """What attention needs of a key/value cache; `glassgpt.generation.cache` has the real one."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, H, T, W) to a layer and return all keys and values so far (B, H, S, W)."""

@@ -98,7 +98,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._backend.get_vocab_size()
+        """One more than the largest id (a vocabulary may leave ids out)."""
+        return len(self._bytes_of_id)
 
     @property
     def end_id(self) -> int | None:

@@ -37,7 +37,8 @@ def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenize
 
 def complete(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Half-written ones are not checkpoints."""
-    return [folder for folder in sorted((run / "checkpoints").glob("step-*")) if _is_complete(folder)]
+    folders = sorted((run / "checkpoints").glob("step-*"), key=lambda folder: (len(folder.name), folder.name))  # by number
+    return [folder for folder in folders if _is_complete(folder)]
 
 
 def _is_complete(folder: Path) -> bool:
@@ -60,7 +61,7 @@ def restore(folder: Path, model: GPT, optimizers: list[Optimizer]) -> int:
     """Load weights and optimisers in place; returns the number of finished steps."""
     try:
         step = int(json.loads((folder / COMPLETE_FILE).read_text())["step"])
-        model.load_state_dict(weights.read_state(folder, model))
+        model.load_state_dict(weights.load(folder).state_dict())
         optim.set_state(model, optimizers, safetensors.torch.load_file(folder / OPTIMIZER_FILE))
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise UserError(f"{folder}: cannot restore this checkpoint ({error}); delete it to continue from the one before") from error

@@ -1,4 +1,4 @@
-"""What this machine offers a training run: device, arithmetic, allocator."""
+"""What this machine offers a training run: arithmetic and allocator."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ import sys
 
 import torch
 
-from glassgpt.config import UserError
-
 SMALLEST_BF16_WIDTH = 256
 """Below this width casting costs more than bfloat16 products save (measured on two AVX-512 cores: docs/results.md)."""
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use auto or cpu") from error
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from glassgpt import data
 from glassgpt.config import DataConfig, Pretrain, UserError
 from glassgpt.config.files import read_yaml, write_yaml
+from glassgpt.loading import pick_device
 from glassgpt.model import GPT, plain, use_attention
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint, machine, optim
@@ -34,7 +35,7 @@ def pretrain(config: Pretrain) -> Path:
     run = Path(config.out_dir)
     open_run(run, config)
     machine.keep_freed_memory()
-    device = machine.pick_device(config.device)
+    device = pick_device(config.device)
     tokenizer, shards = prepare(run, config.data, config.model.vocab_size)
     shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
 

@@ -1,0 +1,5 @@
+"""`python -m glassgpt`."""
+
+from glassgpt.cli import main
+
+raise SystemExit(main())

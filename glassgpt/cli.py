@@ -1,0 +1,160 @@
+"""The command `glassgpt`: a table of verbs, each a configuration class and the function that takes it.
+
+Nothing heavy is imported until a verb runs: `--help` answers without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from glassgpt import __version__
+from glassgpt.config.errors import UserError, nearest
+
+
+class Command(NamedTuple):
+    summary: str
+    config: str
+    """`module:Class` of the frozen dataclass that holds its options."""
+    function: str
+    """`module:function` that takes the configuration and nothing else."""
+
+
+COMMANDS = {
+    "demo": Command("see a GPT-2 at work in two minutes", "config.lab:Demo", "lab.demo:demo"),
+    "info": Command("what a model is made of: parameters, QKV, memory", "config.info:Info", "interpret.info:info"),
+    "generate": Command("continue prompts", "config.generate:Generate", "generation.writer:generate"),
+    "pretrain": Command("train a model from nothing on text", "config.pretrain:Pretrain", "train.pretrain:pretrain"),
+    "download": Command("fetch a model from the Hugging Face hub", "config.hub:Download", "loading:download"),
+    "export": Command("write a model for other programs", "config.hub:Export", "loading:export"),
+    "bench": Command("measure speed side by side with a peer", "config.lab:Bench", "lab.bench:bench"),
+}
+CONFIG_FLAG = "--config"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if verb in ("-V", "--version"):
+        print(f"glassgpt {__version__}")
+        return 0
+    try:
+        if verb not in COMMANDS:
+            raise UserError(f"unknown command {verb!r}{nearest(verb, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        config = parse(verb, arguments[1:])
+        _resolve(COMMANDS[verb].function)(config)
+    except UserError as error:
+        name = f"glassgpt {verb}" if verb in COMMANDS else "glassgpt"
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `glassgpt ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {verb:{width}}  {command.summary}" for verb, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: glassgpt COMMAND [options]",
+            "",
+            "Build a GPT, look inside it, train it.",
+            "",
+            *lines,
+            "",
+            "`glassgpt COMMAND --help` lists the options of one; `--config FILE.yaml` reads them from a file.",
+        ]
+    )
+
+
+def parse(verb: str, arguments: list[str]) -> Any:
+    """The configuration of a verb: defaults, then `--config FILE.yaml`, then `--model PRESET`, then the other flags."""
+    import tyro
+
+    from glassgpt.config.files import read_yaml
+    from glassgpt.config.model import preset
+
+    kind = _resolve(COMMANDS[verb].config)
+    arguments, files = _take(arguments, CONFIG_FLAG)
+    default = read_yaml(files[-1], kind, _empty(kind)) if files else None
+    if default is None and "--resume" in arguments:
+        default = _of_run(kind, arguments)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if "model" in fields and _holds_model(fields["model"]):
+        arguments, presets = _take(arguments, "--model")
+        if presets:
+            default = dataclasses.replace(kind() if default is None else default, model=preset(presets[-1]))
+    return tyro.cli(
+        kind,
+        prog=f"glassgpt {verb}",
+        description=_description(kind),
+        args=arguments,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _description(kind: type) -> str:
+    lines = [(kind.__doc__ or "").strip(), "--config FILE.yaml reads options from a file; flags override it."]
+    if any(_holds_model(field) for field in dataclasses.fields(kind)):
+        lines.append("--model PRESET starts from a named shape (`nano`, `gpt2`, ...); --model.FIELD changes one field of it.")
+    return "\n\n".join(lines)
+
+
+def _empty(kind: type) -> Any:
+    """A configuration in which what has no default is still to come from the command line."""
+    import tyro
+
+    required = (f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING)
+    return kind(**dict.fromkeys(required, tyro.MISSING))
+
+
+def _take(arguments: list[str], flag: str) -> tuple[list[str], list[str]]:
+    """Take `flag VALUE` and `flag=VALUE` out of the arguments; returns (the others, the values)."""
+    others, values = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == flag:
+            value = next(rest, None)
+            if value is None:
+                raise UserError(f"{flag} needs a value")
+            values.append(value)
+        elif argument.startswith(f"{flag}="):
+            values.append(argument.removeprefix(f"{flag}="))
+        else:
+            others.append(argument)
+    return others, values
+
+
+def _holds_model(field: dataclasses.Field[Any]) -> bool:
+    return "ModelConfig" in str(field.type)
+
+
+def _of_run(kind: type, arguments: list[str]) -> Any:
+    """A resumed run starts from its own saved configuration."""
+    from glassgpt.config.files import read_yaml
+
+    _, named = _take([argument.replace("--out_dir", "--out-dir") for argument in arguments], "--out-dir")
+    folder = Path(named[-1] if named else kind().out_dir)
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"nothing to resume: {folder} holds no run (no {path})")
+    return read_yaml(path, kind)
+
+
+def _resolve(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f"glassgpt.{module}"), name)

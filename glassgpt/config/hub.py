@@ -1,0 +1,32 @@
+"""Knobs of `glassgpt download` and `glassgpt export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+@dataclass(frozen=True)
+class Download:
+    """Fetch a model's configuration, weights and tokenizer from the Hugging Face hub into its cache (HF_HOME)."""
+
+    repo: Annotated[str, Positional, arg(metavar="REPO")]
+    """Model id on the hub, such as gpt2 or distilbert/distilgpt2."""
+    revision: str = "main"
+    """Branch, tag or commit."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model as a folder that other programs open."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """A bundled model, a run folder, a Hugging Face folder or a downloaded hub id."""
+    out_dir: Annotated[str, Positional, arg(metavar="DIR")]
+    """Folder to make; it must not exist."""
+    to: Literal["hf"] = "hf"
+    """hf: Hugging Face layout (config.json, model.safetensors, tokenizer.json), which `transformers` opens."""
+    dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
+    """Precision of the written weights; as-is keeps that of the source."""

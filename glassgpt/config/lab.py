@@ -1,0 +1,57 @@
+"""Knobs of `glassgpt demo` and `glassgpt bench`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+from glassgpt.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A GPT-2 at work in two minutes: what it is made of, what it writes at three temperatures, how it learns."""
+
+    model: str = "storyteller"
+    """The model to look at."""
+    prompt: str = "Once upon a time, in a little house by the sea, there lived"
+    """The text that it continues."""
+    out_dir: str = "demo"
+    """Folder for the pictures and the small training run."""
+    train_seconds: float = 60.0
+    """Time for the small training run."""
+    seed: int = 0
+    """Seed of texts and training."""
+
+    def __post_init__(self) -> None:
+        if not self.train_seconds > 0:
+            raise UserError(f"train_seconds must be positive; got {self.train_seconds}")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed side by side with a peer, in one run, and print ratios."""
+
+    what: Positional[Literal["generate"]] = "generate"
+    """generate: prefill and decoding against `transformers`."""
+    preset: str = "gpt2"
+    """Shape of the network; its weights are random, as speed does not depend on them."""
+    prompt_tokens: int = 32
+    """Tokens of the prompt."""
+    new_tokens: int = 64
+    """Tokens to write."""
+    batch_size: int = 1
+    """Prompts at once."""
+    repeats: int = 5
+    """Interleaved repeats; medians are reported."""
+    threads: int | None = None
+    """CPU threads for both sides (default: PyTorch's)."""
+    json: bool = False
+    """One JSON object instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "batch_size", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")

@@ -1,0 +1,62 @@
+"""From logits to the next token: pure functions of tensors. B rows, V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glassgpt.config.generate import Sampling
+
+
+def penalised(logits: Tensor, sampling: Sampling, seen: Tensor, written: Tensor) -> Tensor:
+    """Logits (B, V) after the repetition penalty (Keskar et al. 2019) and OpenAI's presence and frequency penalties.
+
+    `seen` (B, V) bool marks tokens of the prompt or the text so far; `written` (B, V) counts those of the text so far.
+    """
+    if sampling.repetition_penalty != 1:
+        by = torch.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+        logits = torch.where(seen, logits * by, logits)
+    return logits - sampling.frequency_penalty * written - sampling.presence_penalty * (written > 0)
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The probabilities (B, V) that the next token is drawn from.
+
+    Temperature, then top-k, then top-p (Holtzman et al. 2020: the smallest set whose mass reaches p; the token that
+    crosses p is in), then min-p (Nguyen et al. 2024). Temperature 0 puts everything on the first largest logit.
+    """
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    # dividing the distance to the largest logit keeps tiny temperatures from overflowing
+    logits = (logits - logits.max(-1, keepdim=True).values) / sampling.temperature
+    if 0 < sampling.top_k < logits.size(-1):
+        kth = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        largest, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = largest.cumsum(-1) - largest  # mass of the tokens ahead of each one
+        probabilities = probabilities.masked_fill((before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), 0)
+    if sampling.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True), 0)
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """One token (B,) per row, by inverting the cumulative distribution at the row's own random number.
+
+    Every row has its own generator and takes one number a step, so no row's text depends on its batch-mates.
+    """
+    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(probabilities.device)
+    # float64 has no home on MPS; the sums are exact enough in float32 there
+    cumulative = probabilities.to(torch.float64 if probabilities.device.type != "mps" else torch.float32).cumsum(-1)
+    point = uniform.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(-1)  # first token whose cumulative mass exceeds it
+    last = probabilities.size(-1) - 1 - probabilities.flip(-1).gt(0).int().argmax(-1)  # rounding must not pass the last possible one
+    return torch.minimum(drawn, last)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy (B,) in nats of softmax(logits) (B, V)."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)

@@ -1,0 +1,179 @@
+"""Models by name: `load`, `download`, `export`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from glassgpt.config import PRESETS, ModelConfig, UserError, nearest
+from glassgpt.config.files import complete_folder
+from glassgpt.config.hub import Download, Export
+from glassgpt.model import GPT, weights
+from glassgpt.text import Tokenizer
+
+ASSETS = Path(__file__).parent / "assets"
+HUB_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt", "model*.safetensors*")
+HUB_PICKLES = ("pytorch_model*.bin*",)
+
+
+class Found(NamedTuple):
+    """A model on this machine."""
+
+    folder: Path
+    is_hf: bool
+
+    def config(self) -> ModelConfig:
+        return weights.read_hf_config(self.folder) if self.is_hf else weights.read_config(self.folder)
+
+    def model(self) -> GPT:
+        return weights.load_hf(self.folder) if self.is_hf else weights.load(self.folder)
+
+
+def load(name: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = torch.float32) -> tuple[GPT, Tokenizer]:
+    """`model, tokenizer = load(name)`; `model(ids)` gives logits (B, T, V).
+
+    `name` is a bundled model, a run folder (its newest complete checkpoint), a folder of ours or of Hugging Face's, or a
+    hub id that `glassgpt download` has fetched. Nothing is downloaded here. Weights are converted to `dtype` (None keeps
+    the stored one); the model is in evaluation mode. Raises UserError saying what was looked for and where.
+    """
+    found = find(name)
+    model = found.model().to(pick_device(device), dtype).eval()
+    tokenizer = Tokenizer.load(found.folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{found.folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together"
+        )
+    return model, tokenizer
+
+
+def bundled() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in ASSETS.glob(f"*/{weights.CONFIG_FILE}"))
+
+
+def find(name: str | Path) -> Found:
+    """Where the model called `name` is. Raises UserError when it is nowhere."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(path)
+    if path.exists():
+        raise UserError(f"{path} is a file; give the folder that holds the model")
+    if str(name) in bundled():
+        return Found(ASSETS / str(name), is_hf=False)
+    return Found(_in_hub_cache(str(name)), is_hf=True)
+
+
+def find_config(name: str | Path) -> tuple[ModelConfig, dict[str, str]]:
+    """Configuration of a model, and the dtype of each stored parameter by our names; a safetensors header is all that is read."""
+    found = find(name)
+    config = found.config()
+    return config, weights.stored_dtypes(config, found.folder, found.is_hf)
+
+
+def _in_folder(path: Path) -> Found:
+    if (path / weights.CONFIG_FILE).is_file():
+        return Found(path, is_hf=False)
+    if (path / weights.HF_CONFIG_FILE).is_file():
+        return Found(path, is_hf=True)
+    if (path / "checkpoints").is_dir():
+        complete = [folder for folder in sorted((path / "checkpoints").glob("step-*")) if (folder / "complete.json").is_file()]
+        if complete:
+            return Found(complete[-1], is_hf=False)
+        raise UserError(f"{path}: this run has no complete checkpoint yet")
+    raise UserError(
+        f"{path}: no model in this folder; looked for {weights.CONFIG_FILE} (ours), {weights.HF_CONFIG_FILE} (Hugging Face),"
+        " checkpoints/step-* (a run)"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use auto or cpu") from error
+
+
+# ---------------------------------------------------------------------- the hub
+
+
+def _in_hub_cache(name: str) -> Path:
+    """Folder of a downloaded hub model."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except HFValidationError as error:
+        raise UserError(f"no model {name!r}: not a folder{nearest(name, bundled())}, and not a valid hub id") from error
+    except LocalEntryNotFoundError as error:
+        shape = f" ({name} is also a preset: a shape without weights, for `glassgpt info`)" if name in PRESETS else ""
+        raise UserError(
+            f"no model {name!r}{nearest(name, bundled())}. Looked for a folder of that name in {Path.cwd()}, a bundled model"
+            f" ({', '.join(bundled()) or 'none'}), and a download in {huggingface_hub.constants.HF_HUB_CACHE}."
+            f" To fetch it from the hub: glassgpt download {name}{shape}"
+        ) from error
+
+
+def download(config: Download) -> Path:
+    """Fetch a model into the Hugging Face cache; returns its folder.
+
+    HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured. Pickled weights are fetched only when there are no
+    safetensors. Raises UserError for an unknown or closed repository and for a network that does not answer.
+    """
+    import huggingface_hub
+
+    folder = _hub_call(config, lambda: huggingface_hub.snapshot_download(config.repo, revision=config.revision, allow_patterns=list(HUB_FILES)))
+    if not list(folder.glob("model*.safetensors")):
+        _hub_call(config, lambda: huggingface_hub.snapshot_download(config.repo, revision=config.revision, allow_patterns=list(HUB_PICKLES)))
+    weights.read_hf_config(folder)
+    print(f"{config.repo} is in {folder}")
+    return folder
+
+
+def _hub_call(config: Download, call: Callable[[], str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    endpoint = huggingface_hub.constants.ENDPOINT
+    try:
+        return Path(call())
+    except errors.GatedRepoError as error:
+        raise UserError(f"{config.repo} is gated: accept its terms at {endpoint}/{config.repo} and set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"{endpoint} has no repository {config.repo!r} that you may see (a private one needs HF_TOKEN)") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{config.repo} has no revision {config.revision!r}") from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{config.repo!r} is not a valid hub id: {error}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise UserError(f"HF_HUB_OFFLINE is set, so {config.repo} cannot be fetched; unset it") from error
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
+        raise UserError(f"cannot fetch {config.repo} from {endpoint}: {str(error).splitlines()[0]}; check the network, then try again") from error
+
+
+# ---------------------------------------------------------------------- export
+
+
+def export(config: Export) -> Path:
+    """Write a model in another program's layout; returns the folder. It appears complete or not at all."""
+    model, tokenizer = load(config.model, dtype=None if config.dtype == "as-is" else getattr(torch, config.dtype))
+    target = Path(config.out_dir)
+    special = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    with complete_folder(target) as aside:
+        weights.save_hf(model, aside, tokenizer.end_id)
+        tokenizer.save(aside)
+        facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context_tokens}
+        has_end = tokenizer.end_id is not None
+        (aside / "tokenizer_config.json").write_text(json.dumps(facts | (special if has_end else {}), indent=2) + "\n")
+        if has_end:
+            end = {"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id}
+            (aside / "generation_config.json").write_text(json.dumps(end, indent=2) + "\n")
+    print(f"wrote {target}")
+    return target
