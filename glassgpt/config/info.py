@@ -1,0 +1,32 @@
+"""Knobs of `glassgpt info`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from glassgpt.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what a model is made of: parameters, queries, keys and values by head, memory. No weights are loaded."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """A bundled model, a run folder, a Hugging Face folder, a downloaded hub id, or a preset such as gpt2 or gpt3-175b."""
+    all: bool = False
+    """List every tensor instead of folding equal blocks into one."""
+    json: bool = False
+    """One JSON object instead of tables."""
+    batch_size: int = 1
+    """Sequences in the batch whose memory is estimated."""
+    context_tokens: int | None = None
+    """Tokens in each of them; the model's whole context when not given."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1; got {self.batch_size}")
+        if self.context_tokens is not None and self.context_tokens < 1:
+            raise UserError(f"context_tokens must be at least 1; got {self.context_tokens}")
