@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +16,16 @@ from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
-HUB_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "vocab.json", "merges.txt", "model*.safetensors*")
-HUB_PICKLES = ("pytorch_model*.bin*",)
+COMPLETE_FILE = "complete.json"  # written last into a checkpoint, with the size of every other file
+HUB_FILES = [
+    "model*.safetensors*",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+]
+HUB_PICKLES = ["pytorch_model*.bin*"]
 
 
 class Found(NamedTuple):
@@ -36,16 +44,17 @@ class Found(NamedTuple):
 def load(name: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = torch.float32) -> tuple[GPT, Tokenizer]:
     """`model, tokenizer = load(name)`; `model(ids)` gives logits (B, T, V).
 
-    `name` is a bundled model, a run folder (its newest complete checkpoint), a folder of ours or of Hugging Face's, or a
-    hub id that `glassgpt download` has fetched. Nothing is downloaded here. Weights are converted to `dtype` (None keeps
-    the stored one); the model is in evaluation mode. Raises UserError saying what was looked for and where.
+    `name` is a bundled model, a run folder (its newest complete checkpoint), a folder of ours or of Hugging Face's, or
+    a hub id that `glassgpt download` has fetched. Nothing is downloaded here. Weights are converted to `dtype` (None
+    keeps the stored one); the model is in evaluation mode. Raises UserError saying what was looked for and where.
     """
     found = find(name)
     model = found.model().to(pick_device(device), dtype).eval()
     tokenizer = Tokenizer.load(found.folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
-            f"{found.folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together"
+            f"{found.folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}:"
+            " they do not belong together"
         )
     return model, tokenizer
 
@@ -58,9 +67,9 @@ def bundled() -> list[str]:
 def find(name: str | Path) -> Found:
     """Where the model called `name` is. Raises UserError when it is nowhere."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that no file can have
         return _in_folder(path)
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{path} is a file; give the folder that holds the model")
     if str(name) in bundled():
         return Found(ASSETS / str(name), is_hf=False)
@@ -68,7 +77,7 @@ def find(name: str | Path) -> Found:
 
 
 def find_config(name: str | Path) -> tuple[ModelConfig, dict[str, str]]:
-    """Configuration of a model, and the dtype of each stored parameter by our names; a safetensors header is all that is read."""
+    """Configuration of a model, and the dtype of each stored parameter by our names; only headers are read."""
     found = find(name)
     config = found.config()
     return config, weights.stored_dtypes(config, found.folder, found.is_hf)
@@ -80,14 +89,27 @@ def _in_folder(path: Path) -> Found:
     if (path / weights.HF_CONFIG_FILE).is_file():
         return Found(path, is_hf=True)
     if (path / "checkpoints").is_dir():
-        complete = [folder for folder in sorted((path / "checkpoints").glob("step-*")) if (folder / "complete.json").is_file()]
-        if complete:
-            return Found(complete[-1], is_hf=False)
+        if checkpoints := complete_checkpoints(path):
+            return Found(checkpoints[-1], is_hf=False)
         raise UserError(f"{path}: this run has no complete checkpoint yet")
     raise UserError(
-        f"{path}: no model in this folder; looked for {weights.CONFIG_FILE} (ours), {weights.HF_CONFIG_FILE} (Hugging Face),"
-        " checkpoints/step-* (a run)"
+        f"{path}: no model in this folder; looked for {weights.CONFIG_FILE} (ours), {weights.HF_CONFIG_FILE}"
+        " (Hugging Face), checkpoints/step-* (a run)"
     )
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. Half-written and half-copied ones are not checkpoints."""
+
+    def is_complete(folder: Path) -> bool:
+        try:
+            sizes = json.loads((folder / COMPLETE_FILE).read_text())["files"]
+            return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        except (OSError, ValueError, KeyError):
+            return False
+
+    folders = sorted((run / "checkpoints").glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
+    return [folder for folder in folders if is_complete(folder)]
 
 
 def pick_device(name: str) -> torch.device:
@@ -97,7 +119,12 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not available here ({str(error).splitlines()[0]}); use auto or cpu") from error
+        raise UserError(f"device {name!r} is not available here ({_reason(error)}); use auto or cpu") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's text, its class when it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # ---------------------------------------------------------------------- the hub
@@ -109,15 +136,15 @@ def _in_hub_cache(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=HUB_FILES))
     except HFValidationError as error:
         raise UserError(f"no model {name!r}: not a folder{nearest(name, bundled())}, and not a valid hub id") from error
     except LocalEntryNotFoundError as error:
         shape = f" ({name} is also a preset: a shape without weights, for `glassgpt info`)" if name in PRESETS else ""
         raise UserError(
-            f"no model {name!r}{nearest(name, bundled())}. Looked for a folder of that name in {Path.cwd()}, a bundled model"
-            f" ({', '.join(bundled()) or 'none'}), and a download in {huggingface_hub.constants.HF_HUB_CACHE}."
-            f" To fetch it from the hub: glassgpt download {name}{shape}"
+            f"no model {name!r}{nearest(name, bundled())}. Looked for a folder of that name in {Path.cwd()}, a bundled"
+            f" model ({', '.join(bundled()) or 'none'}), and a complete download in"
+            f" {huggingface_hub.constants.HF_HUB_CACHE}. To fetch it from the hub: glassgpt download {name}{shape}"
         ) from error
 
 
@@ -127,35 +154,33 @@ def download(config: Download) -> Path:
     HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured. Pickled weights are fetched only when there are no
     safetensors. Raises UserError for an unknown or closed repository and for a network that does not answer.
     """
-    import huggingface_hub
-
-    folder = _hub_call(config, lambda: huggingface_hub.snapshot_download(config.repo, revision=config.revision, allow_patterns=list(HUB_FILES)))
+    folder = _fetch(config, HUB_FILES)
     if not list(folder.glob("model*.safetensors")):
-        _hub_call(config, lambda: huggingface_hub.snapshot_download(config.repo, revision=config.revision, allow_patterns=list(HUB_PICKLES)))
+        _fetch(config, HUB_PICKLES)
     weights.read_hf_config(folder)
     print(f"{config.repo} is in {folder}")
     return folder
 
 
-def _hub_call(config: Download, call: Callable[[], str]) -> Path:
+def _fetch(config: Download, patterns: list[str]) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
-    endpoint = huggingface_hub.constants.ENDPOINT
+    repo, endpoint = config.repo, constants.ENDPOINT
     try:
-        return Path(call())
+        return Path(huggingface_hub.snapshot_download(repo, revision=config.revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
-        raise UserError(f"{config.repo} is gated: accept its terms at {endpoint}/{config.repo} and set HF_TOKEN") from error
+        raise UserError(f"{repo} is gated: accept its terms at {endpoint}/{repo} and set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{endpoint} has no repository {config.repo!r} that you may see (a private one needs HF_TOKEN)") from error
+        raise UserError(f"{endpoint} has no repository {repo!r} that you may see (a private one needs HF_TOKEN)") from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{config.repo} has no revision {config.revision!r}") from error
+        raise UserError(f"{repo} has no revision {config.revision!r}") from error
     except errors.HFValidationError as error:
-        raise UserError(f"{config.repo!r} is not a valid hub id: {error}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise UserError(f"HF_HUB_OFFLINE is set, so {config.repo} cannot be fetched; unset it") from error
-    except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
-        raise UserError(f"cannot fetch {config.repo} from {endpoint}: {str(error).splitlines()[0]}; check the network, then try again") from error
+        raise UserError(f"{repo!r} is not a valid hub id: {error}") from error
+    except Exception as error:  # httpx's, httpx2's or Xet's errors, by version; a full disk; an answer that is no hub's
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(f"HF_HUB_OFFLINE is set, so {repo} cannot be fetched; unset it") from error
+        raise UserError(f"cannot fetch {repo} from {endpoint}: {_reason(error)}; check the network, then try again") from error
 
 
 # ---------------------------------------------------------------------- export

@@ -4,4 +4,14 @@ from glassgpt.config.errors import UserError, nearest
 from glassgpt.config.model import PRESET_NOTES, PRESETS, ModelConfig, preset
 from glassgpt.config.pretrain import DataConfig, OptimConfig, Pretrain
 
-__all__ = ["PRESETS", "PRESET_NOTES", "DataConfig", "ModelConfig", "OptimConfig", "Pretrain", "UserError", "nearest", "preset"]
+__all__ = [
+    "PRESETS",
+    "PRESET_NOTES",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Pretrain",
+    "UserError",
+    "nearest",
+    "preset",
+]

@@ -94,7 +94,9 @@ def from_plain(kind: type[Config], values: Any, default: Config | None = None, w
             raise UserError(f"unknown key {path!r}{nearest(name, names)}; known: {', '.join(names)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
-            given[name] = from_plain(typing.cast(type, hint), value, getattr(default, name, _own_default(fields[name])), f"{path}.")
+            given[name] = from_plain(
+                typing.cast(type, hint), value, getattr(default, name, _own_default(fields[name])), f"{path}."
+            )
         else:
             given[name] = _checked(hint, value, path)
     return dataclasses.replace(typing.cast(Any, default), **given) if default is not None else kind(**given)
@@ -116,7 +118,9 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
         return _checked(next(choice for choice in arguments if choice is not type(None)), value, path)
     if origin is typing.Literal:
         if value not in arguments:
-            raise UserError(f"{path} must be one of {', '.join(map(str, arguments))}; got {value!r}{nearest(str(value), map(str, arguments))}")
+            raise UserError(
+                f"{path} must be one of {', '.join(map(str, arguments))}; got {value!r}{nearest(str(value), map(str, arguments))}"
+            )
         return value
     if origin is tuple:
         items = [value] if isinstance(value, str) else value

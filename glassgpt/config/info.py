@@ -15,7 +15,7 @@ class Info:
     """Show what a model is made of: parameters, queries, keys and values by head, memory. No weights are loaded."""
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
-    """A bundled model, a run folder, a Hugging Face folder, a downloaded hub id, or a preset such as gpt2 or gpt3-175b."""
+    """A bundled model, a run folder, a Hugging Face folder, a downloaded hub id, or a preset (gpt2, gpt3-175b, ...)."""
     all: bool = False
     """List every tensor instead of folding equal blocks into one."""
     json: bool = False

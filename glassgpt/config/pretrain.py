@@ -108,5 +108,9 @@ class Pretrain:
         for name in ("eval_interval", "eval_batches", "save_interval", "sample_interval"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative; got {getattr(self, name)}")
+        if not self.sample_prompt:
+            raise UserError("sample_prompt is empty; give at least one character")
         if self.keep_checkpoints < 2:
-            raise UserError(f"keep_checkpoints must be at least 2, as the newest may be the one a crash interrupts; got {self.keep_checkpoints}")
+            raise UserError(
+                f"keep_checkpoints must be at least 2, as the newest may be the one a crash interrupts; got {self.keep_checkpoints}"
+            )

@@ -43,7 +43,9 @@ def hold_out(documents: Sequence[str], share: float) -> tuple[list[str], list[st
     """
     if len(documents) < FEW_DOCUMENTS:
         cuts = [len(text) - max(1, round(len(text) * share)) for text in documents]
-        return [text[:cut] for text, cut in zip(documents, cuts, strict=True)], [text[cut:] for text, cut in zip(documents, cuts, strict=True)]
+        return [text[:cut] for text, cut in zip(documents, cuts, strict=True)], [
+            text[cut:] for text, cut in zip(documents, cuts, strict=True)
+        ]
     parts: tuple[list[str], list[str]] = ([], [])
     for text in documents:
         draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
@@ -63,7 +65,9 @@ def write(
     Raises UserError for an empty corpus, a tokenizer without end-of-text token, a full disk.
     """
     if tokenizer.end_id is None:
-        raise UserError("the tokenizer has no <|endoftext|> token, which parts documents; use one that has, or train one")
+        raise UserError(
+            "the tokenizer has no <|endoftext|> token, which parts documents; use one that has, or train one"
+        )
     if not documents:
         raise UserError("the corpus is empty: no source holds any text")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
@@ -100,7 +104,9 @@ def read(folder: Path, tokenizer: Tokenizer) -> Shards:
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{folder}: no readable manifest.json, so these are not complete shards ({error})") from error
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder}: shard format {manifest.get('format')}; this version reads {FORMAT}: delete the folder to make it anew")
+        raise UserError(
+            f"{folder}: shard format {manifest.get('format')}; this version reads {FORMAT}: delete the folder to make it anew"
+        )
     if manifest["tokenizer_sha256"] != tokenizer.sha256:
         raise UserError(
             f"{folder}: made with another tokenizer (hash {manifest['tokenizer_sha256'][:12]}; this one is {tokenizer.sha256[:12]});"
@@ -109,7 +115,9 @@ def read(folder: Path, tokenizer: Tokenizer) -> Shards:
     for shard in (shard for split in SPLITS for shard in manifest["splits"][split]):
         path = folder / shard["file"]
         if not path.is_file() or _sha256(path) != shard["sha256"]:
-            raise UserError(f"{path}: {'changed since it was written' if path.is_file() else 'missing'}; delete {folder} to make it anew")
+            raise UserError(
+                f"{path}: {'changed since it was written' if path.is_file() else 'missing'}; delete {folder} to make it anew"
+            )
     return Shards(folder, manifest)
 
 

@@ -38,7 +38,9 @@ def _of_path(path: Path) -> Iterator[str]:
         for file in files:
             yield from _of_path(file)
     elif not path.exists():
-        raise UserError(f"{path}: no such file or folder (give a text or JSONL file, a folder of them, or `{EMBEDDED}`)")
+        raise UserError(
+            f"{path}: no such file or folder (give a text or JSONL file, a folder of them, or `{EMBEDDED}`)"
+        )
     elif _suffix(path) == ".jsonl":
         yield from _of_jsonl(path)
     else:
@@ -54,7 +56,9 @@ def _read(path: Path) -> str:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start} ({error.object[error.start]:#04x}); convert the file to UTF-8") from error
+        raise UserError(
+            f"{path}: not UTF-8 at byte {error.start} ({error.object[error.start]:#04x}); convert the file to UTF-8"
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot read: {error}") from error
 
@@ -70,7 +74,9 @@ def _of_jsonl(path: Path) -> Iterator[str]:
         if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
             raise UserError(f"{path}, line {number}: expected an object with a string field `text`; got {line[:60]}")
         if half := re.search("[\ud800-\udfff]", record["text"]):
-            raise UserError(f"{path}, line {number}: `text` holds {half[0]!r}, half of a surrogate pair, which is not Unicode text")
+            raise UserError(
+                f"{path}, line {number}: `text` holds {half[0]!r}, half of a surrogate pair, which is not Unicode text"
+            )
         yield record["text"]
 
 

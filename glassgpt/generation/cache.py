@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,9 +57,9 @@ class KVCache:
         return sum(t.numel() * t.element_size() for t in (*self._k, *self._v) if t is not None)
 
 
-def as_batch(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+def as_batch(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Prompts of different length as one (B, T) tensor padded on the left, and the padding of each row (B,), None if none."""
     longest = max(map(len, prompts))
     pad = torch.tensor([longest - len(ids) for ids in prompts], device=device)
-    ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     return ids, pad if bool(pad.any()) else None

@@ -36,9 +36,13 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         largest, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = largest.cumsum(-1) - largest  # mass of the tokens ahead of each one
-        probabilities = probabilities.masked_fill((before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), 0)
+        probabilities = probabilities.masked_fill(
+            (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), 0
+        )
     if sampling.min_p > 0:
-        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True), 0)
+        probabilities = probabilities.masked_fill(
+            probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True), 0
+        )
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
@@ -47,12 +51,18 @@ def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
 
     Every row has its own generator and takes one number a step, so no row's text depends on its batch-mates.
     """
-    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(probabilities.device)
+    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(
+        probabilities.device
+    )
     # float64 has no home on MPS; the sums are exact enough in float32 there
     cumulative = probabilities.to(torch.float64 if probabilities.device.type != "mps" else torch.float32).cumsum(-1)
     point = uniform.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(-1)  # first token whose cumulative mass exceeds it
-    last = probabilities.size(-1) - 1 - probabilities.flip(-1).gt(0).int().argmax(-1)  # rounding must not pass the last possible one
+    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(
+        -1
+    )  # first token whose cumulative mass exceeds it
+    last = (
+        probabilities.size(-1) - 1 - probabilities.flip(-1).gt(0).int().argmax(-1)
+    )  # rounding must not pass the last possible one
     return torch.minimum(drawn, last)
 
 

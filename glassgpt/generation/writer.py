@@ -49,7 +49,9 @@ class StopText:
             self.found = True
             shown, self._held = self._held[: min(at)], ""
             return shown
-        risky = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        risky = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0
+        )
         cut = len(self._held) - risky
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown
@@ -115,7 +117,9 @@ def complete(
     text as it is written. Raises UserError for an empty or too long prompt.
     """
     context = model.config.context_tokens
-    ids = [engine.fit(tokenizer.encode(prompt), context, drop_oldest=drop_oldest) for prompt in prompts for _ in range(n)]
+    ids = [
+        engine.fit(tokenizer.encode(prompt), context, drop_oldest=drop_oldest) for prompt in prompts for _ in range(n)
+    ]
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + row % n) for row in range(len(ids))]
     rows = [_Row(stop, lambda piece, row=row: show(row, piece)) for row in range(len(ids))]  # type: ignore[misc]
 
@@ -214,7 +218,9 @@ def _print_logprobs(completions: list[Completion], tokenizer: Tokenizer) -> None
     from rich.table import Table
 
     for completion in completions:
-        table = Table("token", "log p", "p", "likeliest here", title=f"{completion.prompt[:40]!r}", title_justify="left")
+        table = Table(
+            "token", "log p", "p", "likeliest here", title=f"{completion.prompt[:40]!r}", title_justify="left"
+        )
         for t in completion.tokens:
             others = "  ".join(f"{tokenizer.decode([i])!r} {value:.2f}" for i, value in t.top)
             table.add_row(repr(tokenizer.decode([t.id])), f"{t.logprob:.3f}", f"{math.exp(t.logprob):.3f}", others)

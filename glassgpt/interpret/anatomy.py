@@ -146,13 +146,14 @@ def anatomy(
     parameters = sum(parameter.numel() for parameter in model.parameters())  # yields a shared one once
     tensors = tuple(_tensors(model, parameters, dtypes))
     matrix = f"{config.vocab_size:,} x {config.width:,} = {config.vocab_size * config.width:,}"
+    head = "the token embedding matrix, used twice" if config.tied_head else "a matrix of its own"
     return Anatomy(
         config=config,
         tensors=tensors,
         groups=_groups(tensors),
         parameters=parameters,
         parameters_untied=sum(parameter.numel() for _, parameter in model.named_parameters(remove_duplicate=False)),
-        reason=f"{matrix}: the head is " + ("the token embedding matrix, used twice" if config.tied_head else "a matrix of its own"),
+        reason=f"{matrix}: the head is {head}",
         qkv=qkv_rows(config),
         memory=memory(config, parameters, batch_size, context_tokens),
     )
@@ -201,7 +202,7 @@ def _part_name(tensor: str) -> str:
 
 
 def folded(groups: Iterable[Group]) -> list[tuple[Group, ...]]:
-    """The groups, with neighbouring blocks of equal names, shapes and dtypes put together; everything else stands alone."""
+    """The groups, neighbouring blocks of equal names, shapes and dtypes put together; everything else stands alone."""
 
     def inside(group: Group) -> object:
         tensors = [(t.name.removeprefix(group.name), t.shape, t.dtype, t.tied_to) for t in group.tensors]
@@ -216,9 +217,9 @@ def folded(groups: Iterable[Group]) -> list[tuple[Group, ...]]:
 def qkv_rows(config: ModelConfig) -> tuple[HeadRows, ...]:
     """Which rows of `attn.qkv.weight` (3D, D) are whose: 3H entries, q of every head, then k, then v.
 
-    nn.Linear keeps (out, in), so its rows are outputs: the first D are Q, the next D are K, the last D are V, and head h has
-    rows h * W to (h + 1) * W - 1 of each. Hugging Face's GPT-2 keeps the matrix as a Conv1D, (in, out) = (D, 3D): there the
-    same ranges are columns of `c_attn.weight`.
+    nn.Linear keeps (out, in), so its rows are outputs: the first D are Q, the next D are K, the last D are V, and head
+    h has rows h * W to (h + 1) * W - 1 of each. Hugging Face's GPT-2 keeps the matrix as a Conv1D, (in, out) = (D, 3D):
+    there the same ranges are columns of `c_attn.weight`.
     """
     D, W = config.width, config.head_width
     parts: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
@@ -233,16 +234,16 @@ def qkv_rows(config: ModelConfig) -> tuple[HeadRows, ...]:
 
 
 def memory(config: ModelConfig, parameters: int, batch_size: int = 1, context_tokens: int | None = None) -> Memory:
-    """Bytes to run and to train a model of this many parameters, with B sequences of T tokens (the context when not given).
+    """Bytes to run and to train a model of this many parameters on B sequences of T tokens (the context by default).
 
-    Inference: the weights; keys and values of every layer, 2 * L * B * T * D numbers (`KVCache` at its fullest); the logits
-    of one step, B * V, as generation asks for the last position only.
+    Inference: the weights; keys and values of every layer, 2 * L * B * T * D numbers (`KVCache` at its fullest); the
+    logits of one step, B * V, as generation asks for the last position only.
     Training in float32 with AdamW: weights and gradients, 4 bytes a parameter each; AdamW's two moments, 8; and what
     autograd keeps (`activation_bytes`). Temporary buffers, the framework itself and fragmentation come on top.
     Raises UserError when T is more than the model's context.
     """
     T = config.context_tokens if context_tokens is None else context_tokens
-    if T > config.context_tokens:
+    if config.context_tokens < T:
         raise UserError(f"this model's context is {config.context_tokens} tokens; got context_tokens {T}")
     cached = 2 * config.n_layer * batch_size * T * config.width
     logits = batch_size * config.vocab_size
@@ -250,16 +251,23 @@ def memory(config: ModelConfig, parameters: int, batch_size: int = 1, context_to
         batch_size=batch_size,
         context_tokens=T,
         inference=tuple(
-            Inference(dtype, BYTES[dtype] * parameters, BYTES[dtype] * cached, BYTES[dtype] * logits) for dtype in INFERENCE_DTYPES
+            Inference(dtype, weights=size * parameters, kv_cache=size * cached, logits=size * logits)
+            for dtype, size in BYTES.items()
+            if dtype in INFERENCE_DTYPES
         ),
-        training=Training(4 * parameters, 4 * parameters, 8 * parameters, activation_bytes(config, batch_size, T)),
+        training=Training(
+            weights=4 * parameters,
+            gradients=4 * parameters,
+            optimizer=8 * parameters,
+            activations=activation_bytes(config, batch_size, T),
+        ),
     )
 
 
 def activation_bytes(config: ModelConfig, batch_size: int, context_tokens: int) -> int:
-    """Bytes that autograd keeps from the forward pass and the loss for the backward pass: float32, fused attention, no dropout.
+    """Bytes that autograd keeps from forward pass and loss for the backward pass: float32, fused attention, no dropout.
 
-    With N = B * T positions and F the MLP's hidden width, and a tensor that two operations keep counted once, a block keeps
+    With N = B * T positions, F the MLP's hidden width, and what two operations share counted once, a block keeps
 
         N * D      input of norm_1: the residual stream
         2 * N      norm_1's mean and 1 / standard deviation
@@ -282,8 +290,8 @@ def activation_bytes(config: ModelConfig, batch_size: int, context_tokens: int) 
 
     and integers of 8 bytes: N ids, N targets, T positions.
 
-    Not in here: dropout's masks, and the (B, H, T, T) patterns that a CPU keeps when attention drops out; the logits, or
-    later their gradient (N * V), which live beside the log-probabilities for a moment.
+    Not in here: dropout's masks, and the (B, H, T, T) patterns that a CPU keeps when attention drops out; the logits,
+    or later their gradient (N * V), which live beside the log-probabilities for a moment.
     """
     N, D, H, F, V = batch_size * context_tokens, config.width, config.n_head, config.hidden_width, config.vocab_size
     block = 8 * N * D + 2 * N * F + N * H + 4 * N

@@ -35,8 +35,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block:
 
-        x ──┬──────────────┬── + ──┬───────────┬── + ──>
-            └─ norm_1 ─ attn ──┘   └─ norm_2 ─ mlp ──┘
+    x ──┬──────────────┬── + ──┬───────────┬── + ──>
+        └─ norm_1 ─ attn ──┘   └─ norm_2 ─ mlp ──┘
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -109,6 +109,6 @@ def initialise(model: GPT) -> None:
             nn.init.normal_(module.weight, std=INIT_STD)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    for block in model.blocks:
-        for projection in (block.attn.out, block.mlp.down):
-            nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * model.config.n_layer))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn.out.weight", "mlp.down.weight")):
+            nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * model.config.n_layer))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,11 +47,15 @@ def save(model: GPT, folder: Path, dtype: torch.dtype | None = None) -> None:
 
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of one of our folders."""
-    return from_plain(ModelConfig, _read_json(folder / CONFIG_FILE))
+    values = _read_json(folder / CONFIG_FILE)
+    try:
+        return from_plain(ModelConfig, values)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
 
 
 def load(folder: Path) -> GPT:
-    """Read one of our folders. Raises UserError naming every tensor that is missing, unexpected or of the wrong shape."""
+    """Read one of our folders. Raises UserError naming every tensor that is missing, unexpected or of a wrong shape."""
     config = read_config(folder)
     names = {name: Stored(name) for name in _parameter_shapes(config)}
     return _fill(config, _read_tensors(folder, [WEIGHTS_FILE]), names, folder)
@@ -89,19 +93,20 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
         if name in values and values[name] not in allowed:
             raise UserError(f"{name} = {values[name]!r} cannot be represented; expected {' or '.join(map(repr, allowed))}")
     try:
-        return ModelConfig(
-            vocab_size=values["vocab_size"],
-            context_tokens=values.get("n_positions", values.get("n_ctx", 1024)),
-            n_layer=values["n_layer"],
-            n_head=values["n_head"],
-            width=values["n_embd"],
-            mlp_width=values.get("n_inner"),
-            dropout=values.get("resid_pdrop", 0.1),
-            norm_eps=values.get("layer_norm_epsilon", 1e-5),
-            tied_head=values.get("tie_word_embeddings", True),
-        )
+        ours = {
+            "vocab_size": values["vocab_size"],
+            "context_tokens": values.get("n_positions", values.get("n_ctx", 1024)),
+            "n_layer": values["n_layer"],
+            "n_head": values["n_head"],
+            "width": values["n_embd"],
+            "mlp_width": values.get("n_inner"),
+            "dropout": values.get("resid_pdrop", 0.1),
+            "norm_eps": values.get("layer_norm_epsilon", 1e-5),
+            "tied_head": values.get("tie_word_embeddings", True),
+        }
     except KeyError as error:
         raise UserError(f"the field {error} is missing") from error
+    return from_plain(ModelConfig, ours)  # checks the types
 
 
 def config_to_hf(config: ModelConfig, end_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -129,14 +134,15 @@ def config_to_hf(config: ModelConfig, end_id: int | None, dtype: torch.dtype) ->
 
 def read_hf_config(folder: Path) -> ModelConfig:
     """The configuration of a Hugging Face folder."""
+    values = _read_json(folder / HF_CONFIG_FILE)
     try:
-        return config_from_hf(_read_json(folder / HF_CONFIG_FILE))
+        return config_from_hf(values)
     except UserError as error:
         raise UserError(f"{folder / HF_CONFIG_FILE}: {error}") from error
 
 
 def load_hf(folder: Path) -> GPT:
-    """Read a Hugging Face folder: names with or without `transformer.`, mask buffers ignored, a tied head stored or not.
+    """Read a Hugging Face folder: names with or without `transformer.`, no mask buffers, a tied head stored or not.
 
     Raises UserError naming every tensor that is missing, unexpected or of the wrong shape, or the file that is damaged.
     """
@@ -148,7 +154,7 @@ def load_hf(folder: Path) -> GPT:
     }
     if config.tied_head and "lm_head.weight" in tensors:
         head = tensors.pop("lm_head.weight")
-        if not torch.equal(head, tensors.get("wte.weight", head)):
+        if not torch.equal(head, tensors.setdefault("wte.weight", head)):  # some writers keep the head's name only
             raise UserError(
                 f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from wte.weight;"
                 " set tie_word_embeddings to false in config.json to keep both"
@@ -157,16 +163,21 @@ def load_hf(folder: Path) -> GPT:
 
 
 def save_hf(model: GPT, folder: Path, end_id: int | None, dtype: torch.dtype | None = None) -> None:
-    """Write `config.json` and `model.safetensors` as `transformers` does for GPT-2. Loading them gives the same bits."""
+    """Write `config.json` and `model.safetensors` as `transformers` does for GPT-2. Loading gives the same bits."""
+    safetensors.torch.save_file(hf_tensors(model, dtype), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    values = config_to_hf(model.config, end_id, dtype or next(model.parameters()).dtype)
+    (folder / HF_CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def hf_tensors(model: GPT, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The parameters as a `GPT2LMHeadModel`'s state dict; a tied head is left out."""
     stored = _hf_names(model.config)
     tensors = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.detach().to("cpu", dtype)
         prefix = "" if name == "head.weight" else _PREFIX
         tensors[prefix + stored[name].name] = (tensor.t() if stored[name].transposed else tensor).contiguous()
-    safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    values = config_to_hf(model.config, end_id, dtype or next(model.parameters()).dtype)
-    (folder / HF_CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    return tensors
 
 
 def _hf_names(config: ModelConfig) -> dict[str, Stored]:
@@ -190,10 +201,10 @@ def stored_dtypes(config: ModelConfig, folder: Path, is_hf: bool) -> dict[str, s
 
     Empty for pickled weights, whose types cannot be known without reading them.
     """
-    found = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safetensors.safe_open(path, "pt") as file:
-            found |= {name.removeprefix(_PREFIX): file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    found: dict[str, str] = {}
+    for path in _weights_files(folder, HF_WEIGHTS_FILES if is_hf else [WEIGHTS_FILE]):
+        if path.suffix == ".safetensors":
+            found |= _read_dtypes(path)
     theirs = _hf_names(config) if is_hf else {name: Stored(name) for name in _parameter_shapes(config)}
     return {ours: _DTYPES.get(found[name.name], found[name.name]) for ours, name in theirs.items() if name.name in found}
 
@@ -229,19 +240,35 @@ def _fill(config: ModelConfig, tensors: dict[str, Tensor], names: dict[str, Stor
     return model
 
 
-def _read_tensors(folder: Path, candidates: Iterable[str]) -> dict[str, Tensor]:
+def _read_dtypes(path: Path) -> dict[str, str]:
+    """What a safetensors file says of its tensors, by their names without prefix."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name.removeprefix(_PREFIX): file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_tensors(folder: Path, candidates: Sequence[str]) -> dict[str, Tensor]:
     """Every tensor of the first weights file (or index of shards) that is there."""
-    candidates = list(candidates)
-    for name in candidates:
-        path = folder / name
-        if path.is_file() and not name.endswith(".index.json"):
-            return read_file(path)
-        if path.is_file():
-            parts = sorted(set(_read_json(path)["weight_map"].values()))
-            if absent := [part for part in parts if not (folder / part).is_file()]:
-                raise UserError(f"{path}: shards are missing: {', '.join(absent)}; download the model again")
-            return {name: tensor for part in parts for name, tensor in read_file(folder / part).items()}
-    raise UserError(f"{folder}: no weights found; looked for {', '.join(candidates)}")
+    files = _weights_files(folder, candidates)
+    if not files:
+        raise UserError(f"{folder}: no weights found; looked for {', '.join(candidates)}")
+    return {name: tensor for path in files for name, tensor in read_file(path).items()}
+
+
+def _weights_files(folder: Path, candidates: Sequence[str]) -> list[Path]:
+    """The first candidate that is there: the file itself, or the shards that an index names. Empty when none is."""
+    path = next((folder / name for name in candidates if (folder / name).is_file()), None)
+    if path is None or path.suffix != ".json":
+        return [path] if path else []
+    parts = _read_json(path).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+        raise UserError(f"{path}: expected a `weight_map` from tensors to files")
+    files = [folder / part for part in sorted(set(parts.values()))]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"{path}: shards are missing: {', '.join(absent)}; download the model again")
+    return files
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -249,11 +276,22 @@ def read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: truncated or not a weights file ({error}); download or copy it again") from error
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds more than tensors, and running code from a file is refused; convert it to safetensors") from error
+        raise UserError(
+            f"{path}: damaged, or holds more than tensors; running code from a file is refused"
+            " (download it again, or convert it to safetensors)"
+        ) from error
+    except Exception as error:  # a damaged pickle raises anything
+        raise _damaged(path, error) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path}: expected names and tensors, nothing around them; convert it to safetensors")
+    return tensors
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return UserError(f"{path}: truncated or not a weights file ({reason}); download or copy it again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -62,9 +62,10 @@ class Tokenizer:
     def _from_merges(cls, vocabulary: Path, merges: Path) -> Tokenizer:
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        if bad := [pair for pair in pairs if len(pair) != 2]:
-            raise UserError(f"{merges}: a merge is two tokens on a line; got {' '.join(bad[0])!r}")
+        lines = [line for line in lines if line and not line.startswith("#version")]
+        if bad := [line for line in lines if line.count(" ") != 1]:
+            raise UserError(f"{merges}: a merge is two tokens on a line; got {bad[0]!r}")
+        pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
         return cls(_byte_level(models.BPE(ids, pairs)))
 
     @classmethod
@@ -116,7 +117,9 @@ class Tokenizer:
         try:
             return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         except (UnicodeEncodeError, TypeError) as error:
-            raise UserError(f"text is not valid Unicode ({error}); decode bytes as UTF-8, or use encode_bytes") from error
+            raise UserError(
+                f"text is not valid Unicode ({error}); decode bytes as UTF-8, or use encode_bytes"
+            ) from error
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any bytes: valid UTF-8 as `encode`, every other byte as its own token."""
@@ -160,7 +163,11 @@ class Tokenizer:
 
     @cached_property
     def _special(self) -> dict[int, str]:
-        return {token_id: str(token) for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        return {
+            token_id: str(token)
+            for token_id, token in self._backend.get_added_tokens_decoder().items()
+            if token.special
+        }
 
     @cached_property
     def _bytes_of_id(self) -> list[bytes]:
@@ -175,10 +182,11 @@ class Tokenizer:
 
     @cached_property
     def _byte_ids(self) -> list[int]:
-        by_byte = {byte: self._backend.token_to_id(character) for character, byte in byte_characters().items()}
-        if missing := [byte for byte, token_id in by_byte.items() if token_id is None]:
-            raise UserError(f"the tokenizer is not byte-level: no token for {len(missing)} of 256 bytes (first: {min(missing)})")
-        return [by_byte[byte] for byte in range(256)]
+        ids = [self._backend.token_to_id(character) for character, _ in sorted(byte_characters().items(), key=lambda c: c[1])]
+        known = [token_id for token_id in ids if token_id is not None]
+        if len(known) < 256:
+            raise UserError(f"the tokenizer is not byte-level: it has tokens for {len(known)} of 256 bytes")
+        return known
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

@@ -20,7 +20,9 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 COMPLETE_FILE = "complete.json"
 
 
-def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer, facts: dict[str, Any]) -> Path:
+def save(
+    run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer, facts: dict[str, Any]
+) -> Path:
     """Write `run/checkpoints/step-NNNNNN`: the plain model, its tokenizer, the optimisers and, last, what must be there.
 
     `step` counts finished optimiser steps. Random state needs no saving: data order and dropout follow from the step.
@@ -37,7 +39,9 @@ def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenize
 
 def complete(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Half-written ones are not checkpoints."""
-    folders = sorted((run / "checkpoints").glob("step-*"), key=lambda folder: (len(folder.name), folder.name))  # by number
+    folders = sorted(
+        (run / "checkpoints").glob("step-*"), key=lambda folder: (len(folder.name), folder.name)
+    )  # by number
     return [folder for folder in folders if _is_complete(folder)]
 
 
@@ -63,6 +67,8 @@ def restore(folder: Path, model: GPT, optimizers: list[Optimizer]) -> int:
         step = int(json.loads((folder / COMPLETE_FILE).read_text())["step"])
         model.load_state_dict(weights.load(folder).state_dict())
         optim.set_state(model, optimizers, safetensors.torch.load_file(folder / OPTIMIZER_FILE))
-    except (OSError, KeyError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder}: cannot restore this checkpoint ({error}); delete it to continue from the one before") from error
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{folder}: cannot restore this checkpoint ({error}); delete it to continue from the one before"
+        ) from error
     return step

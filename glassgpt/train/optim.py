@@ -21,7 +21,9 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
     rate serves both.
     """
     named = dict(model.named_parameters())
-    hidden = {name for name, p in named.items() if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
+    hidden = {
+        name for name, p in named.items() if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
+    }
     decayed = [p for name, p in named.items() if p.ndim >= 2 and name not in hidden]
     plain = [p for p in named.values() if p.ndim < 2]
     fused = all(p.device.type in ("cpu", "cuda") for p in named.values())
@@ -82,4 +84,6 @@ def set_state(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, 
         parameter_name, key = name.rsplit(":", 1)
         parameter = parameters[parameter_name]
         # the step counter stays on the CPU unless the optimiser is fused on a GPU; everything else follows its parameter
-        owner[parameter].state[parameter][key] = tensor if tensor.ndim == 0 and parameter.device.type == "cpu" else tensor.to(parameter.device)
+        owner[parameter].state[parameter][key] = (
+            tensor if tensor.ndim == 0 and parameter.device.type == "cpu" else tensor.to(parameter.device)
+        )

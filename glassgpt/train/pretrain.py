@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from glassgpt import data
 from glassgpt.config import DataConfig, Pretrain, UserError
 from glassgpt.config.files import read_yaml, write_yaml
+from glassgpt.config.generate import Sampling
+from glassgpt.generation import complete
 from glassgpt.loading import pick_device
 from glassgpt.model import GPT, plain, use_attention
 from glassgpt.text import Tokenizer
@@ -23,6 +25,8 @@ from glassgpt.train.loss import token_loss
 from glassgpt.train.run import Log, Progress, plot_loss
 
 CONFIG_FILE = "config.yaml"
+SAMPLING = Sampling(temperature=0.8)
+SAMPLE_TOKENS = 48
 FIXED_ON_RESUME = ("model", "data", "optim", "max_steps", "batch_size", "accumulation_steps", "seed", "precision")
 
 
@@ -86,12 +90,24 @@ def pretrain(config: Pretrain) -> Path:
             step += 1
 
             seconds = time.perf_counter() - began
-            entry = {"step": step, "loss": total, "grad_norm": norm, "lr": rate, "tokens": count, "seconds": round(seconds, 4)}
+            entry = {
+                "step": step,
+                "loss": total,
+                "grad_norm": norm,
+                "lr": rate,
+                "tokens": count,
+                "seconds": round(seconds, 4),
+            }
             last = step == config.max_steps
             if last or (config.eval_interval and step % config.eval_interval == 0):
                 apart = 1 if last else max(1, len(held_out) // max(1, config.eval_batches))
                 entry |= evaluate(model, held_out[::apart], byte_lengths, low_precision)
-                progress.say(f"step {step}: held-out loss {entry['val_loss']:.4f}, {entry['val_bits_per_byte']:.4f} bits per byte")
+                progress.say(
+                    f"step {step}: held-out loss {entry['val_loss']:.4f}, {entry['val_bits_per_byte']:.4f} bits per byte"
+                )
+            if last or (config.sample_interval and step % config.sample_interval == 0):
+                entry["sample"] = sample(model, tokenizer, config)
+                progress.say(f"step {step}: {config.sample_prompt}{entry['sample']}")
             log.write(entry)
             progress.update(step, total, count / seconds)
             if last or (config.save_interval and step % config.save_interval == 0):
@@ -100,6 +116,22 @@ def pretrain(config: Pretrain) -> Path:
                 checkpoint.prune(run, config.keep_checkpoints)
                 plot_loss(run)
     return run
+
+
+def sample(model: GPT, tokenizer: Tokenizer, config: Pretrain) -> str:
+    """A short text of the model as it is now. Draws from a generator of its own, so training is not disturbed."""
+    model.eval()
+    (text,) = complete(
+        model,
+        tokenizer,
+        [config.sample_prompt],
+        SAMPLING,
+        max_new_tokens=SAMPLE_TOKENS,
+        seed=config.seed,
+        drop_oldest=True,
+    )
+    model.train()
+    return text.text
 
 
 def open_run(run: Path, config: Pretrain) -> None:
@@ -165,4 +197,8 @@ def evaluate(
         tokens += loss.count.item()
         text_bytes += byte_lengths[targets].sum().item()
     model.train(was_training)
-    return {"val_loss": nats / tokens, "val_bits_per_byte": nats / math.log(2) / max(1.0, text_bytes), "val_tokens": tokens}
+    return {
+        "val_loss": nats / tokens,
+        "val_bits_per_byte": nats / math.log(2) / max(1.0, text_bytes),
+        "val_tokens": tokens,
+    }

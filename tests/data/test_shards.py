@@ -131,7 +131,7 @@ def test_nothing_to_write_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> No
         shards.write(tmp_path / "shards", [], tokenizer, 0.1)
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(UserError, match="no <|endoftext|> token"):
+    with pytest.raises(UserError, match=r"no <\|endoftext\|> token"):
         shards.write(tmp_path / "shards", ["a"], Tokenizer.load(tmp_path), 0.1)
     assert not (tmp_path / "shards").exists()
 

@@ -21,7 +21,9 @@ def read(*paths: Path) -> list[str]:
 
 def test_a_text_file_is_parted_at_marks(tmp_path: Path) -> None:
     path = tmp_path / "tales.txt"
-    path.write_text("One.\n\nStill one.\n<|endoftext|>\nTwo.\n<|endoftext|>\n \n<|endoftext|>  three\n", encoding="utf-8")
+    path.write_text(
+        "One.\n\nStill one.\n<|endoftext|>\nTwo.\n<|endoftext|>\n \n<|endoftext|>  three\n", encoding="utf-8"
+    )
     assert read(path) == ["One.\n\nStill one.", "Two.", "  three"]
 
 
@@ -33,7 +35,11 @@ def test_byte_order_mark_and_crlf_go(tmp_path: Path) -> None:
 
 def test_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    records = [{"text": "first"}, {"text": "has <|endoftext|> inside\nand a line", "title": "ignored"}, {"text": "\U0001f30d"}]
+    records = [
+        {"text": "first"},
+        {"text": "has <|endoftext|> inside\nand a line", "title": "ignored"},
+        {"text": "\U0001f30d"},
+    ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(json.dumps(record) for record in records).encode() + b"\n")
     assert read(path) == [record["text"] for record in records]
 

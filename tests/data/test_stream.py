@@ -55,7 +55,9 @@ def test_an_epoch_visits_every_window_once() -> None:
         starts = epoch_starts(stream, epoch)
         offset = min(starts)
         assert 0 <= offset < T
-        expected = [offset + T * i for i in range((203 - T) // T)] + [1000 + offset + T * i for i in range((117 - T) // T)]
+        expected = [offset + T * i for i in range((203 - T) // T)] + [
+            1000 + offset + T * i for i in range((117 - T) // T)
+        ]
         assert sorted(starts) == expected
         offsets.add(offset)
         orders.append([(start - offset) // T for start in starts])
@@ -71,7 +73,9 @@ def test_batches_cross_epochs_without_a_gap() -> None:
     assert torch.equal(rows, torch.cat([single.batch(step).ids for step in range(100)]))
 
 
-@pytest.mark.parametrize(("world", "accumulation_steps", "batch_size"), [(2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1), (1, 4, 1)])
+@pytest.mark.parametrize(
+    ("world", "accumulation_steps", "batch_size"), [(2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1), (1, 4, 1)]
+)
 def test_ranks_and_micro_batches_part_the_same_batch(world: int, accumulation_steps: int, batch_size: int) -> None:
     whole = Stream(ARRAYS, T, batch_size=4, seed=1)
     parted = Stream(ARRAYS, T, batch_size, accumulation_steps, world, seed=1)

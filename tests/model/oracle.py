@@ -14,7 +14,11 @@ SMALL = ModelConfig(vocab_size=101, context_tokens=24, n_layer=3, n_head=4, widt
 
 def hugging_face(config: ModelConfig, dtype: torch.dtype = torch.float64, noise: float = 0.3) -> GPT2LMHeadModel:
     """Fresh GPT-2s have zero biases and unit norms, in which mistakes do not show: every parameter gets noise."""
-    values = weights.config_to_hf(config, end_id=0, dtype=dtype) | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    values = weights.config_to_hf(config, end_id=0, dtype=dtype) | {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**values)).to(dtype).eval()
     add_noise(model, noise)

@@ -65,7 +65,7 @@ def test_toy_merges(vectors: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *toy["merges"]]))
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.encode(" " + toy["text"]) == toy["ids"]
-    assert tokenizer.end_id is None
+    assert tokenizer.end_id == toy["vocab_in_id_order"].index(END_OF_TEXT)
 
 
 # ---------------------------------------------------------------------- files
@@ -109,11 +109,11 @@ def test_ids_left_out_count_in_the_vocabulary(tmp_path: Path) -> None:
 
 def test_training() -> None:
     text = "she sells sea shells on the sea shore; the shells she sells are sea shells. " * 10
-    plain, merged = Tokenizer.train([text], 257), Tokenizer.train([text], 290)
-    assert (plain.vocab_size, merged.vocab_size) == (257, 290)
+    plain, merged = Tokenizer.train([text], 257), Tokenizer.train([text], 270)
+    assert (plain.vocab_size, merged.vocab_size) == (257, 270)
     assert len(plain.encode(text)) == len(text.encode())  # 256 bytes and the end: no merges
-    assert len(merged.encode(text)) < len(text) / 2
-    assert merged.sha256 == Tokenizer.train([text], 290).sha256
+    assert len(merged.encode(text)) < len(text) * 0.6
+    assert merged.sha256 == Tokenizer.train([text], 270).sha256
     assert merged.end_id is not None
     assert merged.decode([merged.end_id]) == END_OF_TEXT
     with pytest.raises(UserError, match="at least 257"):
@@ -144,7 +144,9 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(ids) == text.encode()
-    assert tokenizer.decode(tokenizer.encode(text + END_OF_TEXT + text, allow_special=True)) == text + END_OF_TEXT + text
+    assert (
+        tokenizer.decode(tokenizer.encode(text + END_OF_TEXT + text, allow_special=True)) == text + END_OF_TEXT + text
+    )
     assert tokenizer.encode_bytes(text.encode()) == ids
 
 
@@ -218,7 +220,9 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, files: dict[str, str], n
 
 def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
     for token_id in (tokenizer.vocab_size, -1):
-        with pytest.raises(UserError, match=rf"{token_id} is outside the vocabulary \(0 to {tokenizer.vocab_size - 1}\)"):
+        with pytest.raises(
+            UserError, match=rf"{token_id} is outside the vocabulary \(0 to {tokenizer.vocab_size - 1}\)"
+        ):
             tokenizer.decode([0, token_id])
 
 

@@ -1,0 +1,99 @@
+"""What temperature does: one prompt, several temperatures, and the change in numbers and in a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glassgpt.config.generate import Sampling
+from glassgpt.generation import Completion, complete, distribution
+from glassgpt.generation.sampling import entropy
+from glassgpt.model import GPT
+from glassgpt.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One continuation at one temperature."""
+
+    temperature: float
+    completion: Completion
+    entropy_bits: float
+    """Mean entropy of the distributions that its tokens were drawn from: log2 of the number of equally likely choices."""
+    surprise_bits: float
+    """Mean -log2 of the model's own probability (temperature 1) of each token written."""
+    repeated_share: float
+    """Share of its 3-token runs that had occurred in it before."""
+
+
+def sample(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, new_tokens: int, seed: int) -> Sample:
+    """Write `new_tokens` tokens after `prompt` and measure them. Raises UserError as `complete` does."""
+    settings = Sampling(temperature=temperature)
+    (completion,) = complete(
+        model, tokenizer, [prompt], settings, max_new_tokens=new_tokens, seed=seed, ignore_end=True
+    )
+    written = [token.id for token in completion.tokens]
+    logits = logits_of(model, tokenizer.encode(prompt) + written)[-len(written) - 1 : -1]  # (written, V)
+    bits = torch.tensor(2.0).log()
+    surprise = -sum(token.logprob for token in completion.tokens) / len(written)
+    return Sample(
+        temperature,
+        completion,
+        entropy_bits=float(entropy(logits / temperature).mean() / bits) if temperature > 0 else 0.0,
+        surprise_bits=surprise / float(bits),
+        repeated_share=repeated_share(written),
+    )
+
+
+@torch.inference_mode()
+def logits_of(model: GPT, ids: Sequence[int]) -> Tensor:
+    """Logits (T, V) at every position of one text."""
+    device = next(model.parameters()).device
+    logits: Tensor = model(torch.tensor([list(ids)], device=device))[0]
+    return logits.float()
+
+
+def repeated_share(ids: Sequence[int], n: int = 3) -> float:
+    """Share of the runs of `n` ids that equal an earlier run; 0 for fewer than `n` ids."""
+    runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def next_tokens(
+    model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, count: int
+) -> list[tuple[str, float]]:
+    """The `count` likeliest next tokens and their probabilities at a temperature."""
+    logits = logits_of(model, tokenizer.encode(prompt))[-1:]  # (1, V)
+    values, ids = distribution(logits, Sampling(temperature=temperature))[0].topk(count)
+    return [(tokenizer.decode([token_id]), p) for token_id, p in zip(ids.tolist(), values.tolist(), strict=True)]
+
+
+def chart(
+    model: GPT, tokenizer: Tokenizer, prompt: str, temperatures: Sequence[float], path: Path, count: int = 12
+) -> None:
+    """Draw the next-token distribution at each temperature side by side; `path` may end in .svg or .png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    # the same tokens in every panel, in the model's own order: temperature changes heights, never the order
+    tokens = [token for token, _ in next_tokens(model, tokenizer, prompt, 1.0, count)]
+    figure, panels = plt.subplots(
+        1, len(temperatures), figsize=(4 * len(temperatures), 4.2), sharey=True, layout="constrained"
+    )
+    for axes, temperature in zip(panels, temperatures, strict=True):
+        heights = [p for _, p in next_tokens(model, tokenizer, prompt, temperature, count)]
+        axes.barh(range(count), heights, color="#2f5d9b")
+        axes.set_yticks(range(count), [repr(token) for token in tokens])
+        axes.set(title=f"temperature {temperature:g}", xlim=(0, 1), xlabel="probability")
+        for place, height in enumerate(heights):
+            axes.text(min(height + 0.015, 0.86), place, f"{height:.3f}", va="center", fontsize=8)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"What comes after “…{prompt[-60:]}”", fontsize=11)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
