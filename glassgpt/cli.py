@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ CONFIG_FLAG = "--config"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help", "help"):
         print(usage())

@@ -16,7 +16,7 @@ import torch
 from glassgpt.text import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny; a second thread waits more than it works, most of all beside xdist
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
-    """Bad input. The message says what was given, what was expected and what to do."""
+class UserError(Exception):
+    """Bad input. The message says what was given, what was expected and what to do.
+
+    Not a ValueError: parsers of arguments catch those and would wrap the message in their own words.
+    """
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

@@ -38,9 +38,9 @@ class Sampling:
         self._require("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)")
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        self._require("repetition_penalty", self.repetition_penalty > 0, "positive (1 is off)")
-        self._require("presence_penalty", True, "a number")
-        self._require("frequency_penalty", True, "a number")
+        self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100 (1 is off)")
+        self._require("presence_penalty", abs(self.presence_penalty) <= 100, "between -100 and 100")
+        self._require("frequency_penalty", abs(self.frequency_penalty) <= 100, "between -100 and 100")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         value = getattr(self, name)

@@ -14,8 +14,8 @@ def penalised(logits: Tensor, sampling: Sampling, seen: Tensor, written: Tensor)
     `seen` (B, V) bool marks tokens of the prompt or the text so far; `written` (B, V) counts those of the text so far.
     """
     if sampling.repetition_penalty != 1:
-        by = torch.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
-        logits = torch.where(seen, logits * by, logits)
+        weakened = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(seen, weakened, logits)
     return logits - sampling.frequency_penalty * written - sampling.presence_penalty * (written > 0)
 
 
@@ -27,8 +27,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # dividing the distance to the largest logit keeps tiny temperatures from overflowing
-    logits = (logits - logits.max(-1, keepdim=True).values) / sampling.temperature
+    # the distance to the largest logit is at most 0, so a tiny temperature sends it to -inf, never to NaN
+    number = torch.finfo(logits.dtype)
+    logits = (logits - logits.max(-1, keepdim=True).values) / min(max(sampling.temperature, number.tiny), number.max)
     if 0 < sampling.top_k < logits.size(-1):
         kth = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

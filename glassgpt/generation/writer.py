@@ -45,9 +45,10 @@ class StopText:
     def feed(self, piece: str) -> str:
         """The text that may be shown now."""
         self._held += piece
-        if at := [place for stop in self._stops if (place := self._held.find(stop)) >= 0]:
+        if found := [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]:
             self.found = True
-            shown, self._held = self._held[: min(at)], ""
+            _, place = min(found)  # the one that is whole first, however the text was cut into pieces
+            shown, self._held = self._held[:place], ""
             return shown
         risky = max(
             (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0
@@ -120,7 +121,7 @@ def complete(
     ids = [
         engine.fit(tokenizer.encode(prompt), context, drop_oldest=drop_oldest) for prompt in prompts for _ in range(n)
     ]
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + row % n) for row in range(len(ids))]
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + row % n) % 2**63) for row in range(len(ids))]
     rows = [_Row(stop, lambda piece, row=row: show(row, piece)) for row in range(len(ids))]  # type: ignore[misc]
 
     def ends(token: Token) -> bool:
@@ -139,8 +140,10 @@ def generate(config: Generate) -> list[Completion]:
     prompts = read_prompts(config)
     model, tokenizer = load(config.model, device=config.device, dtype=getattr(torch, config.dtype))
     seed = secrets.randbelow(2**31) if config.seed is None else config.seed
+    drop_oldest = config.overflow == "drop-oldest"
     live = len(prompts) * config.n == 1 and not config.json
     if live:
+        engine.fit(tokenizer.encode(prompts[0]), model.config.context_tokens, drop_oldest=drop_oldest)  # refused before it is shown
         _print_piece(_bold(prompts[0]))
     completions = complete(
         model,
@@ -151,7 +154,7 @@ def generate(config: Generate) -> list[Completion]:
         seed=seed,
         n=config.n,
         stop=config.stop,
-        drop_oldest=config.overflow == "drop-oldest",
+        drop_oldest=drop_oldest,
         ignore_end=config.ignore_end,
         n_top=config.logprobs or 0,
         show=lambda row, piece: _print_piece(piece) if live else None,
@@ -224,7 +227,7 @@ def _print_logprobs(completions: list[Completion], tokenizer: Tokenizer) -> None
         for t in completion.tokens:
             others = "  ".join(f"{tokenizer.decode([i])!r} {value:.2f}" for i, value in t.top)
             table.add_row(repr(tokenizer.decode([t.id])), f"{t.logprob:.3f}", f"{math.exp(t.logprob):.3f}", others)
-        Console().print(table)
+        Console(markup=False, emoji=False, highlight=False).print(table)  # tokens are text, not markup
 
 
 def _bold(text: str) -> str:

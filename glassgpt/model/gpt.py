@@ -104,6 +104,8 @@ def initialise(model: GPT) -> None:
 
     There are 2L of them, so the variance of the residual stream does not grow with depth (Radford et al. 2019, §2.3).
     """
+    if model.norm_f.weight.is_meta:
+        return  # shapes without numbers: random draws would do nothing, after a second of importing what they need
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=INIT_STD)
