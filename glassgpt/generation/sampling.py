@@ -16,7 +16,8 @@ def penalised(logits: Tensor, sampling: Sampling, seen: Tensor, written: Tensor)
     if sampling.repetition_penalty != 1:
         weakened = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(seen, weakened, logits)
-    return logits - sampling.frequency_penalty * written - sampling.presence_penalty * (written > 0)
+    written = written.to(logits.dtype)
+    return logits - sampling.frequency_penalty * written - sampling.presence_penalty * written.clamp(max=1)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -35,7 +36,8 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
-        largest, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        order = logits.argsort(dim=-1, descending=True, stable=True)  # logits differ where probabilities round to a tie
+        largest = probabilities.gather(-1, order)
         before = largest.cumsum(-1) - largest  # mass of the tokens ahead of each one
         probabilities = probabilities.masked_fill(
             (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), 0
