@@ -31,6 +31,7 @@ COMMANDS = {
     "info": Command("what a model is made of: parameters, QKV, memory", "config.info:Info", "interpret.info:info"),
     "generate": Command("continue prompts", "config.generate:Generate", "generation.writer:generate"),
     "pretrain": Command("train a model from nothing on text", "config.pretrain:Pretrain", "train.pretrain:pretrain"),
+    "evaluate": Command("bits per byte of a model on text", "config.evaluate:Evaluate", "train.evaluate:evaluate"),
     "download": Command("fetch a model from the Hugging Face hub", "config.hub:Download", "loading:download"),
     "export": Command("write a model for other programs", "config.hub:Export", "loading:export"),
     "bench": Command("measure speed side by side with a peer", "config.lab:Bench", "lab.bench:bench"),

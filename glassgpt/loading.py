@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -136,7 +136,7 @@ def _in_hub_cache(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=HUB_FILES))
+        return _snapshot(name, local_files_only=True)
     except HFValidationError as error:
         raise UserError(f"no model {name!r}: not a folder{nearest(name, bundled())}, and not a valid hub id") from error
     except LocalEntryNotFoundError as error:
@@ -154,21 +154,11 @@ def download(config: Download) -> Path:
     HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured. Pickled weights are fetched only when there are no
     safetensors. Raises UserError for an unknown or closed repository and for a network that does not answer.
     """
-    folder = _fetch(config, HUB_FILES)
-    if not list(folder.glob("model*.safetensors")):
-        _fetch(config, HUB_PICKLES)
-    weights.read_hf_config(folder)
-    print(f"{config.repo} is in {folder}")
-    return folder
-
-
-def _fetch(config: Download, patterns: list[str]) -> Path:
-    import huggingface_hub
     from huggingface_hub import constants, errors
 
     repo, endpoint = config.repo, constants.ENDPOINT
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=config.revision, allow_patterns=patterns))
+        folder = _snapshot(repo, revision=config.revision)
     except errors.GatedRepoError as error:
         raise UserError(f"{repo} is gated: accept its terms at {endpoint}/{repo} and set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
@@ -180,7 +170,22 @@ def _fetch(config: Download, patterns: list[str]) -> Path:
     except Exception as error:  # httpx's, httpx2's or Xet's errors, by version; a full disk; an answer that is no hub's
         if constants.HF_HUB_OFFLINE:
             raise UserError(f"HF_HUB_OFFLINE is set, so {repo} cannot be fetched; unset it") from error
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
+            raise UserError(f"{endpoint} does not accept your token ({error.server_message}); correct HF_TOKEN") from error
         raise UserError(f"cannot fetch {repo} from {endpoint}: {_reason(error)}; check the network, then try again") from error
+    weights.read_hf_config(folder)
+    print(f"{repo} is in {folder}")
+    return folder
+
+
+def _snapshot(repo: str, **options: Any) -> Path:
+    """The complete folder of a repository's files that we read."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repo, allow_patterns=HUB_FILES, **options))
+    if not list(folder.glob("model*.safetensors")):
+        snapshot_download(repo, allow_patterns=HUB_PICKLES, **options)
+    return folder
 
 
 # ---------------------------------------------------------------------- export

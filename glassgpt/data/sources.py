@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import gzip
+import importlib
 import json
 import re
 import sysconfig
@@ -85,11 +87,9 @@ def embedded() -> Iterator[str]:
 
     Files are parsed, never imported, so no module's code runs. The text changes a little from one Python to another.
     """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions split it off
-        topics = {}
-    yield from (text for _, text in sorted(topics.items()))
+    with contextlib.suppress(ImportError):  # some distributions split it off
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        yield from (text for _, text in sorted(topics.items()))
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.glob("**/*.py")):
         if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(library).parts):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,10 @@ from torch import Tensor
 from glassgpt.config import UserError
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Windows of one micro-step."""
+
     ids: Tensor
     """(B, T) int64."""
     targets: Tensor

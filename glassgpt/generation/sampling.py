@@ -39,13 +39,11 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         order = logits.argsort(dim=-1, descending=True, stable=True)  # logits differ where probabilities round to a tie
         largest = probabilities.gather(-1, order)
         before = largest.cumsum(-1) - largest  # mass of the tokens ahead of each one
-        probabilities = probabilities.masked_fill(
-            (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), 0
-        )
+        beyond = before >= sampling.top_p
+        probabilities = probabilities.masked_fill(beyond.scatter(-1, order, beyond), 0)
     if sampling.min_p > 0:
-        probabilities = probabilities.masked_fill(
-            probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True), 0
-        )
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
@@ -54,18 +52,13 @@ def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
 
     Every row has its own generator and takes one number a step, so no row's text depends on its batch-mates.
     """
-    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(
-        probabilities.device
-    )
-    # float64 has no home on MPS; the sums are exact enough in float32 there
-    cumulative = probabilities.to(torch.float64 if probabilities.device.type != "mps" else torch.float32).cumsum(-1)
-    point = uniform.to(cumulative.dtype)[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(
-        -1
-    )  # first token whose cumulative mass exceeds it
-    last = (
-        probabilities.size(-1) - 1 - probabilities.flip(-1).gt(0).int().argmax(-1)
-    )  # rounding must not pass the last possible one
+    number = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
+    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(number)
+    cumulative = probabilities.to(number).cumsum(-1)
+    point = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    # the first token whose cumulative mass exceeds the point; rounding must not pass the last possible one
+    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    last = probabilities.size(-1) - 1 - probabilities.flip(-1).gt(0).int().argmax(-1)
     return torch.minimum(drawn, last)
 
 

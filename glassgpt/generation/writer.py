@@ -50,9 +50,8 @@ class StopText:
             _, place = min(found)  # the one that is whole first, however the text was cut into pieces
             shown, self._held = self._held[:place], ""
             return shown
-        risky = max(
-            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0
-        )
+        beginnings = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+        risky = max((len(beginning) for beginning in beginnings if self._held.endswith(beginning)), default=0)
         cut = len(self._held) - risky
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown
@@ -118,9 +117,8 @@ def complete(
     text as it is written. Raises UserError for an empty or too long prompt.
     """
     context = model.config.context_tokens
-    ids = [
-        engine.fit(tokenizer.encode(prompt), context, drop_oldest=drop_oldest) for prompt in prompts for _ in range(n)
-    ]
+    encoded = [engine.fit(tokenizer.encode(prompt), context, drop_oldest=drop_oldest) for prompt in prompts]
+    ids = [row for row in encoded for _ in range(n)]
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + row % n) % 2**63) for row in range(len(ids))]
     rows = [_Row(stop, lambda piece, row=row: show(row, piece)) for row in range(len(ids))]  # type: ignore[misc]
 
@@ -143,7 +141,8 @@ def generate(config: Generate) -> list[Completion]:
     drop_oldest = config.overflow == "drop-oldest"
     live = len(prompts) * config.n == 1 and not config.json
     if live:
-        engine.fit(tokenizer.encode(prompts[0]), model.config.context_tokens, drop_oldest=drop_oldest)  # refused before it is shown
+        # too long a prompt is refused before it is shown
+        engine.fit(tokenizer.encode(prompts[0]), model.config.context_tokens, drop_oldest=drop_oldest)
         _print_piece(_bold(prompts[0]))
     completions = complete(
         model,
@@ -221,9 +220,8 @@ def _print_logprobs(completions: list[Completion], tokenizer: Tokenizer) -> None
     from rich.table import Table
 
     for completion in completions:
-        table = Table(
-            "token", "log p", "p", "likeliest here", title=f"{completion.prompt[:40]!r}", title_justify="left"
-        )
+        title = repr(completion.prompt[:40])
+        table = Table("token", "log p", "p", "likeliest here", title=title, title_justify="left")
         for t in completion.tokens:
             others = "  ".join(f"{tokenizer.decode([i])!r} {value:.2f}" for i, value in t.top)
             table.add_row(repr(tokenizer.decode([t.id])), f"{t.logprob:.3f}", f"{math.exp(t.logprob):.3f}", others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,10 @@ IGNORE = -100
 """A target that nothing is learned from."""
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """A loss not yet divided."""
+
     sum: Tensor
     """Scalar: total over the supervised tokens, in nats."""
     count: Tensor

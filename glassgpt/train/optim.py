@@ -67,7 +67,7 @@ def clip(model: nn.Module, largest_norm: float) -> float:
 
 def state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
     """The optimisers' state as `parameter:key` -> tensor."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}:{key}": value
         for optimizer in optimizers

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def pretrain(config: Pretrain) -> Path:
             step += 1
 
             seconds = time.perf_counter() - began
-            entry = {
+            entry: dict[str, Any] = {
                 "step": step,
                 "loss": total,
                 "grad_norm": norm,

@@ -21,9 +21,7 @@ def read(*paths: Path) -> list[str]:
 
 def test_a_text_file_is_parted_at_marks(tmp_path: Path) -> None:
     path = tmp_path / "tales.txt"
-    path.write_text(
-        "One.\n\nStill one.\n<|endoftext|>\nTwo.\n<|endoftext|>\n \n<|endoftext|>  three\n", encoding="utf-8"
-    )
+    path.write_text("One.\n\nStill one.\n<|endoftext|>\nTwo.\n<|endoftext|>\n \n<|endoftext|>  three\n", encoding="utf-8")
     assert read(path) == ["One.\n\nStill one.", "Two.", "  three"]
 
 
@@ -110,7 +108,7 @@ def test_embedded_reads_docstrings_and_runs_nothing(tmp_path: Path, monkeypatch:
     for folder in (library, library / "test", library / "site-packages"):
         folder.mkdir(parents=True)
         doc = f'"""Docs of {folder.name}."""\n'
-        code = 'raise SystemExit\ndef f():\n    """A function."""\nclass C:\n    async def g(self):\n        """Method."""\n'
+        code = 'raise SystemExit\ndef f():\n    """A function."""\nclass C:\n    async def g():\n        """Method."""\n'
         (folder / "module.py").write_text(doc + code)
     (library / "broken.py").write_text("def (:")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})

@@ -11,7 +11,7 @@ from glassgpt.data import Batch, Stream, in_order
 
 T = 8
 # Ids that tell where they come from: two arrays of consecutive numbers, and one too short for a window.
-ARRAYS = [np.arange(203, dtype=np.uint16), np.arange(5), np.arange(1000, 1117, dtype=np.uint16)]
+ARRAYS: list[np.ndarray] = [np.arange(203, dtype=np.uint16), np.arange(5), np.arange(1000, 1117, dtype=np.uint16)]
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -55,9 +55,7 @@ def test_an_epoch_visits_every_window_once() -> None:
         starts = epoch_starts(stream, epoch)
         offset = min(starts)
         assert 0 <= offset < T
-        expected = [offset + T * i for i in range((203 - T) // T)] + [
-            1000 + offset + T * i for i in range((117 - T) // T)
-        ]
+        expected = [offset + T * i for i in range((203 - T) // T)] + [1000 + offset + T * i for i in range((117 - T) // T)]
         assert sorted(starts) == expected
         offsets.add(offset)
         orders.append([(start - offset) // T for start in starts])
@@ -73,9 +71,7 @@ def test_batches_cross_epochs_without_a_gap() -> None:
     assert torch.equal(rows, torch.cat([single.batch(step).ids for step in range(100)]))
 
 
-@pytest.mark.parametrize(
-    ("world", "accumulation_steps", "batch_size"), [(2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1), (1, 4, 1)]
-)
+@pytest.mark.parametrize(("world", "accumulation_steps", "batch_size"), [(2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1), (1, 4, 1)])
 def test_ranks_and_micro_batches_part_the_same_batch(world: int, accumulation_steps: int, batch_size: int) -> None:
     whole = Stream(ARRAYS, T, batch_size=4, seed=1)
     parted = Stream(ARRAYS, T, batch_size, accumulation_steps, world, seed=1)

@@ -44,7 +44,7 @@ def error(a: Tensor, b: Tensor) -> float:
     ids=["token by token", "chunks", "at a block's end", "across a block's end", "at once"],
 )
 def test_cached_is_uncached(model: GPT, attend: Attend, sizes: list[int]) -> None:
-    """However a text is cut into calls, and wherever the cache grows (at 128 and 256), the logits are those of one call."""
+    """However a text is cut into calls, also where the cache grows (at 128 and 256), the logits are those of one."""
     use_attention(model, attend)
     ids = random_ids(CONFIG, 3, 280)
     with torch.no_grad():

@@ -35,7 +35,9 @@ def test_logits(attend: attention.Attend, tied: bool, mlp_width: int | None) -> 
     oracle = hugging_face(config)
     model = converted(oracle, config)
     use_attention(model, attend)
-    assert logit_error(model, oracle, config) < LOGITS
+    error = logit_error(model, oracle, config)
+    print(f"measured: float64 logits differ by {error:.1e}")
+    assert error < LOGITS
 
 
 @pytest.mark.parametrize("attend", [attention.plain, attention.fused])
@@ -53,15 +55,16 @@ def test_loss_and_every_gradient(attend: attention.Attend) -> None:
     ours.backward()
     gradients = {name.removeprefix("transformer."): p.grad for name, p in oracle.named_parameters()}
     names = weight_files._hf_names(SMALL)
-    compared = 0
+    errors = []
     for name, parameter in model.named_parameters():
         expected = gradients[names[name].name]
         assert expected is not None
         assert parameter.grad is not None
         expected = expected.t() if names[name].transposed else expected
-        assert float((parameter.grad - expected).abs().max()) < GRADIENTS, name
-        compared += 1
-    assert compared == len(gradients) == 12 * SMALL.n_layer + 4
+        errors.append(float((parameter.grad - expected).abs().max()))
+        assert errors[-1] < GRADIENTS, name
+    print(f"measured: loss differs by {float((theirs - ours).detach().abs()):.1e}, gradients by {max(errors):.1e}")
+    assert len(errors) == len(gradients) == 12 * SMALL.n_layer + 4
 
 
 def test_full_gpt2_size_in_float32() -> None:
@@ -71,7 +74,9 @@ def test_full_gpt2_size_in_float32() -> None:
     model = converted(oracle, config)
     ids = random_ids(config, batch=1, length=48)
     with torch.no_grad():
-        assert float((model(ids) - oracle(ids).logits).abs().max()) < 1e-4
+        error = float((model(ids) - oracle(ids).logits).abs().max())
+    print(f"measured: float32 logits at gpt2 size differ by {error:.1e}")
+    assert error < 1e-4
 
 
 # ---------------------------------------------------------------------- mistakes that the comparison must catch
@@ -189,4 +194,6 @@ def test_mutant_is_caught(name: str) -> None:
     assert logit_error(model, oracle, SMALL) < LOGITS
     with torch.no_grad():
         MUTANTS[name](model)
-    assert logit_error(model, oracle, SMALL) > 1000 * LOGITS
+    error = logit_error(model, oracle, SMALL)
+    print(f"measured: {name}: logits differ by {error:.1e}")
+    assert error > 1000 * LOGITS

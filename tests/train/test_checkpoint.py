@@ -22,7 +22,7 @@ State = tuple[GPT, list[Optimizer]]
 def a_state(seed: int = 0, optimizer: str = "adamw") -> State:
     torch.manual_seed(seed)
     model = GPT(preset("tiny", vocab_size=300))
-    return model, optim.build(model, OptimConfig(optimizer=optimizer, learning_rate=0.01))  # type: ignore[arg-type]
+    return model, optim.build(model, OptimConfig(optimizer=optimizer, learning_rate=0.01))
 
 
 def train(state: State, steps: range) -> State:
@@ -107,7 +107,7 @@ def test_a_checkpoint_is_never_overwritten(tokenizer: Tokenizer, tmp_path: Path)
 def test_a_full_disk_leaves_the_earlier_ones(tokenizer: Tokenizer, tmp_path: Path, full_disk: Any, size: int) -> None:
     model, optimizers = train(a_state(), range(1))
     checkpoint.save(tmp_path, 1, model, optimizers, tokenizer, {})
-    with full_disk(size), pytest.raises(UserError, match="cannot write .*step-000002: .*(large|written)"):
+    with full_disk(size), pytest.raises(UserError, match=r"cannot write .*step-000002: .*(large|written)"):
         checkpoint.save(tmp_path, 2, model, optimizers, tokenizer, {})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     assert names(tmp_path) == ["step-000001"]

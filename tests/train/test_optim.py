@@ -36,7 +36,7 @@ def set_gradients(model: GPT, step: int) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_is_in_one_group(name: str, tied: bool) -> None:
     model = a_model(tied)
-    optimizers = optim.build(model, OptimConfig(optimizer=name, weight_decay=0.3))  # type: ignore[arg-type]
+    optimizers = optim.build(model, OptimConfig(optimizer=name, weight_decay=0.3))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(held) == len(set(held))
@@ -63,7 +63,7 @@ def test_muon_has_exactly_the_block_matrices() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_schedule_in_closed_form(schedule: str) -> None:
-    config = OptimConfig(learning_rate=0.02, schedule=schedule, final_share=0.1, warmup_steps=10)  # type: ignore[arg-type]
+    config = OptimConfig(learning_rate=0.02, schedule=schedule, final_share=0.1, warmup_steps=10)
     rates = [optim.learning_rate(step, 111, config) for step in range(111)]
     assert rates[0] == pytest.approx(0.002, rel=1e-12)
     assert rates[4] == pytest.approx(0.01, rel=1e-12)
@@ -86,7 +86,7 @@ def test_the_schedule_at_its_edges() -> None:
 
 @BOTH
 def test_set_rate_reaches_every_group(name: str) -> None:
-    optimizers = optim.build(a_model(), OptimConfig(optimizer=name))  # type: ignore[arg-type]
+    optimizers = optim.build(a_model(), OptimConfig(optimizer=name))
     optim.set_rate(optimizers, 0.123)
     assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {0.123}
 
@@ -94,9 +94,7 @@ def test_set_rate_reaches_every_group(name: str) -> None:
 # ---------------------------------------------------------------------- steps
 
 
-@pytest.mark.parametrize(
-    ("parameter_name", "decay"), [("blocks.0.attn.qkv.weight", 0.1), ("blocks.1.norm_2.bias", 0.0)]
-)
+@pytest.mark.parametrize(("parameter_name", "decay"), [("blocks.0.attn.qkv.weight", 0.1), ("blocks.1.norm_2.bias", 0.0)])
 def test_adamw_steps_written_out(parameter_name: str, decay: float) -> None:
     """Loshchilov & Hutter 2019, algorithm 2, in float64."""
     config = OptimConfig(weight_decay=0.1, beta1=0.8, beta2=0.9)
@@ -134,7 +132,7 @@ def test_muon_steps_are_orthogonal_and_as_large_as_adamws() -> None:
 
 @BOTH
 def test_state_goes_round_and_continues_identically(name: str) -> None:
-    config = OptimConfig(optimizer=name, learning_rate=0.01)  # type: ignore[arg-type]
+    config = OptimConfig(optimizer=name, learning_rate=0.01)
     model = a_model()
     optimizers = optim.build(model, config)
 

@@ -90,9 +90,7 @@ def test_it_learns_a_small_text_by_heart(tmp_path: Path) -> None:
     path.write_text(POEM)
     optimizer = OptimConfig(learning_rate=0.02, warmup_steps=5)
     model = dataclasses.replace(SHAPE, width=32)
-    config = settings(
-        tmp_path / "run", path, model=model, optim=optimizer, max_steps=80, batch_size=8, eval_interval=40
-    )
+    config = settings(tmp_path / "run", path, model=model, optim=optimizer, max_steps=80, batch_size=8, eval_interval=40)
     assert pretrain(config) == tmp_path / "run"
     seen = losses(tmp_path / "run")
     assert abs(seen[0] - math.log(300)) < 0.7  # at first every id is about as likely
@@ -120,9 +118,7 @@ def test_what_a_run_leaves_behind(text: Path, tmp_path: Path) -> None:
     torch.manual_seed(config.seed)
     model = GPT(SHAPE)
     batches = [stream.batch(0, micro) for micro in (0, 1)]
-    by_hand = sum(token_loss(model(batch.ids), batch.targets).sum.item() for batch in batches) / (
-        4 * SHAPE.context_tokens
-    )
+    by_hand = sum(token_loss(model(batch.ids), batch.targets).sum.item() for batch in batches) / (4 * SHAPE.context_tokens)
     assert entry["loss"] == pytest.approx(by_hand, abs=1e-6)
 
     # and the last validation reads every held-out target once
@@ -196,13 +192,13 @@ def train_until_killed(config: Pretrain, moment: str) -> None:
 
         def write_slowly(log: Log, entry: dict[str, Any]) -> None:
             write(log, entry)
-            time.sleep(0.1)  # so that the test can hit the step it wants
+            time.sleep(0.05)  # so that the test can hit the step it wants
 
-        Log.write = write_slowly  # type: ignore[method-assign]
+        Log.write = write_slowly
     elif moment == "half written":  # a save writes two files of tensors; this is the second one of the second save
         safetensors.torch.save_file = dies_at(4, safetensors.torch.save_file)
     elif moment == "all synced":  # renames: the shards, the first save, the second save
-        Path.rename = dies_at(3, Path.rename)  # type: ignore[method-assign]
+        Path.rename = dies_at(3, Path.rename)
     pretrain(config)
 
 
@@ -228,7 +224,7 @@ def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 def wait_for_step(run: Path, step: int, process: Any) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(entry["step"] >= step for entry in read_log(run)):
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
@@ -253,7 +249,7 @@ def test_a_killed_run_continues_bit_for_bit(
     if moment == "between saves":
         wait_for_step(run, 12, process)
         process.kill()
-    process.join(120)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
     assert [folder.name for folder in checkpoint.complete(run)] == survives
     assert len(list((run / "checkpoints").glob(".tmp-*"))) == (0 if moment == "between saves" else 1)
@@ -287,7 +283,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(
             return save(run, step, *rest)
 
     monkeypatch.setattr(checkpoint, "save", save_on_a_disk_that_fills)
-    with pytest.raises(UserError, match="cannot write .*step-000010"):
+    with pytest.raises(UserError, match=r"cannot write .*step-000010"):
         pretrain(config)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000005"]
     monkeypatch.undo()
@@ -319,7 +315,7 @@ def test_a_diverged_run_stops_and_names_the_step(text: Path, tmp_path: Path) -> 
 
 def test_divergence_without_a_checkpoint(text: Path, tmp_path: Path) -> None:
     huge = OptimConfig(learning_rate=1e30, warmup_steps=0)
-    with pytest.raises(UserError, match="step 2: .*checkpoint: none"):
+    with pytest.raises(UserError, match=r"step 2: .*checkpoint: none"):
         pretrain(settings(tmp_path / "run", text, optim=huge))
 
 
@@ -358,10 +354,11 @@ def test_resuming_with_another_setting_names_it(text: Path, tmp_path: Path, fiel
     with pytest.raises(UserError, match=f"was started with {field} = "):
         open_run(tmp_path / "run", dataclasses.replace(config, resume=True, **{field: value}))
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
-    open_run(tmp_path / "run", dataclasses.replace(config, resume=True, save_interval=7))  # what does not matter may change
+    # what does not matter may change
+    open_run(tmp_path / "run", dataclasses.replace(config, resume=True, save_interval=7))
 
 
-def test_a_tokenizer_that_was_made_elsewhere_is_kept_with_the_run(tokenizer: Tokenizer, text: Path, tmp_path: Path) -> None:
+def test_a_given_tokenizer_is_kept_with_the_run(tokenizer: Tokenizer, text: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     tokenizer.save(tmp_path)
     data = DataConfig(sources=(str(text),), tokenizer=str(tmp_path / "tokenizer.json"))
@@ -377,7 +374,7 @@ def test_text_too_short_to_train_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too short"):
         pretrain(settings(tmp_path / "run", tmp_path / "short.txt"))
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(UserError, match="corpus is empty: no text in .*empty.txt"):
+    with pytest.raises(UserError, match=r"corpus is empty: no text in .*empty\.txt"):
         pretrain(settings(tmp_path / "other", tmp_path / "empty.txt"))
 
 
@@ -437,7 +434,8 @@ def test_validation_switches_dropout_off_and_training_on_again() -> None:
 
 
 def test_a_log_cut_by_a_crash(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {n}, "loss": {1 / n}}}\n' for n in range(1, 8)) + '{"step": 8, "lo')
+    whole = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 8)]
+    (tmp_path / "log.jsonl").write_text("\n".join([*whole, '{"step": 8, "lo']))
     assert [entry["step"] for entry in read_log(tmp_path)] == list(range(1, 8))
     with contextlib.closing(Log(tmp_path, 5)) as log:
         log.write({"step": 6, "loss": 0.5})

@@ -1,0 +1,103 @@
+"""How well a model predicts text it has not seen: nats per token, bits per byte."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glassgpt import data
+from glassgpt.config import UserError
+from glassgpt.config.evaluate import Evaluate
+from glassgpt.data import Batch
+from glassgpt.loading import load, pick_device
+from glassgpt.train import machine
+from glassgpt.train.loss import IGNORE, token_loss
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    byte_lengths: Tensor,
+    low_precision: contextlib.AbstractContextManager[object],
+) -> dict[str, float]:
+    """Loss in nats per token, and bits per byte: nats / ln 2 / the bytes that the predicted tokens stand for.
+
+    `byte_lengths` (V,) holds the bytes behind each id. Bits per byte compares models with different tokenizers.
+    """
+    was_training = model.training
+    model.eval()
+    nats = tokens = text_bytes = 0.0
+    for batch in batches:
+        targets = batch.targets.to(byte_lengths.device)
+        with low_precision:
+            logits = model(batch.ids.to(byte_lengths.device))
+        loss = token_loss(logits, targets)
+        nats += loss.sum.item()
+        tokens += loss.count.item()
+        text_bytes += byte_lengths[targets[targets != IGNORE]].sum().item()
+    model.train(was_training)
+    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1.0, text_bytes), "tokens": tokens}
+
+
+def windows(ids: np.ndarray, context_tokens: int, stride_tokens: int, batch_size: int) -> Iterator[Batch]:
+    """Overlapping windows over one text (N,); every token but the first is a target exactly once.
+
+    A window after the first counts only the targets that no earlier one has. The last window ends with the text and may
+    overlap more. Raises UserError for fewer than two tokens.
+    """
+    if len(ids) < 2:
+        raise UserError("the text has fewer than two tokens; give more text")
+    T = min(context_tokens, len(ids) - 1)
+    last = len(ids) - 1 - T
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    counted = 0  # targets so far: places 1 to `counted`
+    for start in [*range(0, last, stride_tokens), last]:
+        targets = ids[start + 1 : start + T + 1].astype(np.int64)
+        targets[: max(0, counted - start)] = IGNORE
+        counted = start + T
+        rows.append((ids[start : start + T].astype(np.int64), targets))
+        if len(rows) == batch_size or start == last:
+            inputs, wanted = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+            yield Batch(inputs, wanted)
+            rows = []
+
+
+def evaluate(config: Evaluate) -> dict[str, float]:
+    """Print and return loss, perplexity and bits per byte of a model on text; documents are joined by end-of-text tokens.
+
+    Raises UserError for an unknown model, an unreadable or empty source, a stride longer than the context.
+    """
+    device = pick_device(config.device)
+    model, tokenizer = load(config.model, device=str(device))
+    context = model.config.context_tokens
+    stride = config.stride_tokens or context
+    if stride > context:
+        raise UserError(f"stride_tokens is {stride} and the context {context}: tokens would be left out; use at most {context}")
+    documents = list(data.documents(config.sources))
+    if config.holdout_share < 1:
+        _, documents = data.shards.hold_out(documents, config.holdout_share)
+    ids = _joined(tokenizer.encode_batch(documents), tokenizer.end_id)
+    byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=device)
+    low_precision = machine.autocast(device, config.precision, model.config.width)
+    found = measure(model, windows(ids, context, stride, config.batch_size), byte_lengths, low_precision)
+    found["perplexity"] = math.exp(found["loss"])
+    if config.json:
+        print(json.dumps({"model": config.model, "documents": len(documents), "stride_tokens": stride, **found}))
+    else:
+        print(
+            f"{found['bits_per_byte']:.4f} bits per byte, {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.2f}"
+            f" on {found['tokens']:,.0f} tokens of {len(documents):,} documents (context {context}, stride {stride})"
+        )
+    return found
+
+
+def _joined(texts: Sequence[Sequence[int]], end_id: int | None) -> np.ndarray:
+    end = [] if end_id is None else [end_id]
+    return np.array([token_id for ids in texts for token_id in [*ids, *end]], dtype=np.int64)
