@@ -61,11 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = f"glassgpt {verb}" if verb in COMMANDS else "glassgpt"
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `glassgpt ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder that may not be written: what is complete stays as it was
+        where = f": {error.filename}" if error.filename else ""
+        print(f"glassgpt {verb}: error: {error.strerror or error}{where}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `glassgpt ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

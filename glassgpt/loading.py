@@ -13,7 +13,7 @@ from glassgpt.config import PRESETS, ModelConfig, UserError, nearest
 from glassgpt.config.files import complete_folder
 from glassgpt.config.hub import Download, Export
 from glassgpt.model import GPT, weights
-from glassgpt.text import Tokenizer
+from glassgpt.text import END_OF_TEXT, Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 COMPLETE_FILE = "complete.json"  # written last into a checkpoint, with the size of every other file
@@ -192,18 +192,25 @@ def _snapshot(repo: str, **options: Any) -> Path:
 
 
 def export(config: Export) -> Path:
-    """Write a model in another program's layout; returns the folder. It appears complete or not at all."""
+    """Write a model in a layout of choice; returns the folder. It appears complete or not at all."""
     model, tokenizer = load(config.model, dtype=None if config.dtype == "as-is" else getattr(torch, config.dtype))
     target = Path(config.out_dir)
-    special = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     with complete_folder(target) as aside:
-        weights.save_hf(model, aside, tokenizer.end_id)
         tokenizer.save(aside)
-        facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context_tokens}
-        has_end = tokenizer.end_id is not None
-        (aside / "tokenizer_config.json").write_text(json.dumps(facts | (special if has_end else {}), indent=2) + "\n")
-        if has_end:
-            end = {"bos_token_id": tokenizer.end_id, "eos_token_id": tokenizer.end_id}
-            (aside / "generation_config.json").write_text(json.dumps(end, indent=2) + "\n")
+        if config.to == "glassgpt":
+            weights.save(model, aside)
+        else:
+            weights.save_hf(model, aside, tokenizer.end_id)
+            _save_hf_tokenizer_facts(aside, tokenizer, model.config.context_tokens)
     print(f"wrote {target}")
     return target
+
+
+def _save_hf_tokenizer_facts(folder: Path, tokenizer: Tokenizer, context_tokens: int) -> None:
+    """What `transformers` wants to know beside tokenizer.json: its class, its limit, the special tokens, where texts end."""
+    facts: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_tokens}
+    if tokenizer.end_id is not None:
+        facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_id)
+        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -26,7 +26,8 @@ class Export:
     """A bundled model, a run folder, a Hugging Face folder or a downloaded hub id."""
     out_dir: Annotated[str, Positional, arg(metavar="DIR")]
     """Folder to make; it must not exist."""
-    to: Literal["hf"] = "hf"
-    """hf: Hugging Face layout (config.json, model.safetensors, tokenizer.json), which `transformers` opens."""
+    to: Literal["hf", "glassgpt"] = "hf"
+    """hf: Hugging Face layout (config.json, model.safetensors, tokenizer.json), which `transformers` opens;
+    glassgpt: our own (model.json in place of config.json), as bundled models are."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
     """Precision of the written weights; as-is keeps that of the source."""

@@ -112,5 +112,5 @@ class Pretrain:
             raise UserError("sample_prompt is empty; give at least one character")
         if self.keep_checkpoints < 2:
             raise UserError(
-                f"keep_checkpoints must be at least 2, as the newest may be the one a crash interrupts; got {self.keep_checkpoints}"
+                f"keep_checkpoints must be at least 2, as a crash may interrupt the newest; got {self.keep_checkpoints}"
             )

@@ -42,10 +42,8 @@ def hold_out(documents: Sequence[str], share: float) -> tuple[list[str], list[st
     fewer than 40 documents the end of each one is held out instead.
     """
     if len(documents) < FEW_DOCUMENTS:
-        cuts = [len(text) - max(1, round(len(text) * share)) for text in documents]
-        return [text[:cut] for text, cut in zip(documents, cuts, strict=True)], [
-            text[cut:] for text, cut in zip(documents, cuts, strict=True)
-        ]
+        cuts = [(text, len(text) - max(1, round(len(text) * share))) for text in documents]
+        return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
     parts: tuple[list[str], list[str]] = ([], [])
     for text in documents:
         draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
@@ -109,7 +107,8 @@ def read(folder: Path, tokenizer: Tokenizer) -> Shards:
         )
     if manifest["tokenizer_sha256"] != tokenizer.sha256:
         raise UserError(
-            f"{folder}: made with another tokenizer (hash {manifest['tokenizer_sha256'][:12]}; this one is {tokenizer.sha256[:12]});"
+            f"{folder}: made with another tokenizer"
+            f" (hash {manifest['tokenizer_sha256'][:12]}; this one is {tokenizer.sha256[:12]});"
             " delete the folder to make it anew, or give the tokenizer it was made with"
         )
     for shard in (shard for split in SPLITS for shard in manifest["splits"][split]):

@@ -155,7 +155,7 @@ def _show(result: Result) -> None:
         print(json.dumps(asdict(result) | {"tokens_per_second": rates, "ratio": ratios}))
         return
     config = result.config
-    title = f"{config.preset}, batch {config.batch_size}, prompt {config.prompt_tokens}, {config.new_tokens} new tokens, greedy, float32"
+    title = f"{config.preset}, batch {config.batch_size}: {config.prompt_tokens} + {config.new_tokens} tokens, greedy, float32"
     table = Table("system", "prefill tokens/s", "decode tokens/s", title=title, title_justify="left")
     for name in result.timings:
         table.add_row(name, *(f"{result.rate(name, phase):,.1f}" for phase in ("prefill", "decode")))

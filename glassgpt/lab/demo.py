@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from pathlib import Path
@@ -164,8 +165,8 @@ def _train(console: Console, run: Path, config: Demo) -> None:
     log = read_log(run)
     first, last = log[0]["loss"], log[-1]
     console.print(
-        f"Loss {first:.2f} -> {last['loss']:.2f} nats per token in {steps} steps; held-out text: {last['val_loss']:.2f} nats per token,"
-        f" {last['val_bits_per_byte']:.2f} bits per byte (untrained: {first:.2f}, which is ln {TRAINED.vocab_size} = guessing).",
+        f"Loss {first:.2f} -> {last['loss']:.2f} nats per token in {steps} steps (guessing is ln {TRAINED.vocab_size} ="
+        f" {math.log(TRAINED.vocab_size):.2f}); held-out text: {last['val_loss']:.2f}, {last['val_bits_per_byte']:.2f} bits per byte.",
         highlight=False,
     )
 

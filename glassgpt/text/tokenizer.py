@@ -108,7 +108,7 @@ class Tokenizer:
         return self._backend.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text`. The string `<|endoftext|>` is ordinary text unless `allow_special`: text from users must not end documents."""
+        """Ids of `text`. `<|endoftext|>` in it is ordinary text unless `allow_special`: users' text must not end documents."""
         return self.encode_batch([text], allow_special=allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:

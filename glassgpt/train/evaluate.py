@@ -91,10 +91,9 @@ def evaluate(config: Evaluate) -> dict[str, float]:
     if config.json:
         print(json.dumps({"model": config.model, "documents": len(documents), "stride_tokens": stride, **found}))
     else:
-        print(
-            f"{found['bits_per_byte']:.4f} bits per byte, {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.2f}"
-            f" on {found['tokens']:,.0f} tokens of {len(documents):,} documents (context {context}, stride {stride})"
-        )
+        numbers = "{bits_per_byte:.4f} bits per byte, {loss:.4f} nats per token, perplexity {perplexity:.2f}".format(**found)
+        read = f"{found['tokens']:,.0f} tokens of {len(documents):,} documents"
+        print(f"{numbers} on {read} (context {context}, stride {stride})")
     return found
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from glassgpt import data
 from glassgpt.config import DataConfig, Pretrain, UserError
@@ -22,10 +21,13 @@ from glassgpt.loading import pick_device
 from glassgpt.model import GPT, plain, use_attention
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint, machine, optim
+from glassgpt.train.evaluate import measure
 from glassgpt.train.loss import token_loss
-from glassgpt.train.run import Log, Progress, plot_loss
+from glassgpt.train.run import LOG_FILE, Log, Progress, plot_loss
 
 CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer.json"
+SHARDS = "shards"
 SAMPLING = Sampling(temperature=0.8)
 SAMPLE_TOKENS = 48
 FIXED_ON_RESUME = ("model", "data", "optim", "max_steps", "batch_size", "accumulation_steps", "seed", "precision")
@@ -61,9 +63,11 @@ def pretrain(config: Pretrain) -> Path:
     step = checkpoint.restore(saved[-1], model, optimizers) if saved else 0
     log = Log(run, step)
     with contextlib.closing(log), Progress(run.name, config.max_steps, step) as progress:
+        parameters = sum(p.numel() for p in model.parameters())
+        step_tokens = config.batch_size * config.accumulation_steps * shape.context_tokens
         progress.say(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}; {shards.count('train'):,} training tokens,"
-            f" {shards.count('val'):,} held out; {config.batch_size * config.accumulation_steps * shape.context_tokens:,} tokens a step"
+            f"{parameters:,} parameters on {device}; {shards.count('train'):,} training tokens, {shards.count('val'):,} held out;"
+            f" {step_tokens:,} tokens a step"
         )
         while step < config.max_steps:
             began = time.perf_counter()
@@ -82,8 +86,9 @@ def pretrain(config: Pretrain) -> Path:
             norm = optim.clip(model, config.optim.grad_clip)
             if not (math.isfinite(total) and math.isfinite(norm)):
                 raise UserError(
-                    f"step {step + 1}: loss {total}, gradient norm {norm}: training has diverged, and this step was not applied."
-                    f" Last good checkpoint: {saved[-1] if saved else 'none'} (try a lower optim.learning_rate, now {config.optim.learning_rate})"
+                    f"step {step + 1}: loss {total}, gradient norm {norm}: training has diverged; this step was not applied."
+                    f" Last good checkpoint: {saved[-1] if saved else 'none'}"
+                    f" (try a lower optim.learning_rate, now {config.optim.learning_rate})"
                 )
             for optimizer in optimizers:
                 optimizer.step()
@@ -91,21 +96,15 @@ def pretrain(config: Pretrain) -> Path:
             step += 1
 
             seconds = time.perf_counter() - began
-            entry: dict[str, Any] = {
-                "step": step,
-                "loss": total,
-                "grad_norm": norm,
-                "lr": rate,
-                "tokens": count,
-                "seconds": round(seconds, 4),
-            }
+            entry: dict[str, Any] = {"step": step, "loss": total, "grad_norm": norm, "lr": rate, "tokens": count}
+            entry["seconds"] = round(seconds, 4)
             last = step == config.max_steps
             if last or (config.eval_interval and step % config.eval_interval == 0):
                 apart = 1 if last else max(1, len(held_out) // max(1, config.eval_batches))
-                entry |= evaluate(model, held_out[::apart], byte_lengths, low_precision)
-                progress.say(
-                    f"step {step}: held-out loss {entry['val_loss']:.4f}, {entry['val_bits_per_byte']:.4f} bits per byte"
-                )
+                measured = measure(model, held_out[::apart], byte_lengths, low_precision)
+                entry |= {f"val_{name}": value for name, value in measured.items()}
+                said = f"held-out loss {measured['loss']:.4f}, {measured['bits_per_byte']:.4f} bits per byte"
+                progress.say(f"step {step}: {said}")
             if last or (config.sample_interval and step % config.sample_interval == 0):
                 entry["sample"] = sample(model, tokenizer, config)
                 progress.say(f"step {step}: {config.sample_prompt}{entry['sample']}")
@@ -122,47 +121,40 @@ def pretrain(config: Pretrain) -> Path:
 def sample(model: GPT, tokenizer: Tokenizer, config: Pretrain) -> str:
     """A short text of the model as it is now. Draws from a generator of its own, so training is not disturbed."""
     model.eval()
-    (text,) = complete(
-        model,
-        tokenizer,
-        [config.sample_prompt],
-        SAMPLING,
-        max_new_tokens=SAMPLE_TOKENS,
-        seed=config.seed,
-        drop_oldest=True,
-    )
+    prompts, tokens = [config.sample_prompt], SAMPLE_TOKENS
+    (completion,) = complete(model, tokenizer, prompts, SAMPLING, max_new_tokens=tokens, seed=config.seed, drop_oldest=True)
     model.train()
-    return text.text
+    return completion.text
 
 
 def open_run(run: Path, config: Pretrain) -> None:
     """Make the run folder and write the resolved configuration, or check that a resumed one asks for the same run."""
     path = run / CONFIG_FILE
-    if not path.exists():
-        if run.exists() and any(run.iterdir()):
-            raise UserError(f"{run} is not empty and holds no run; choose another out_dir")
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {run}: {error.strerror}") from error
-        write_yaml(path, config)
+    if path.exists() and config.resume:
+        before = read_yaml(path, Pretrain)
+        for name in FIXED_ON_RESUME:
+            if getattr(before, name) != getattr(config, name):
+                raise UserError(
+                    f"{run} was started with {name} = {getattr(before, name)}; resuming asks for {getattr(config, name)}."
+                    " Leave it as it was, or start a new run in another out_dir"
+                )
         return
-    if not config.resume:
+    if path.exists() and (run / LOG_FILE).exists():
         raise UserError(f"{run} holds a run already; continue it with --resume, or choose another out_dir")
-    before = read_yaml(path, Pretrain)
-    for name in FIXED_ON_RESUME:
-        if getattr(before, name) != getattr(config, name):
-            raise UserError(
-                f"{run} was started with {name} = {getattr(before, name)}; resuming asks for {getattr(config, name)}."
-                " Leave it as it was, or start a new run in another out_dir"
-            )
+    if path.exists():  # a start that failed before its first step: what it prepared may be of other sources
+        (run / TOKENIZER_FILE).unlink(missing_ok=True)
+        shutil.rmtree(run / SHARDS, ignore_errors=True)
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(f"{run} is not empty and holds no run; choose another out_dir")
+    run.mkdir(parents=True, exist_ok=True)
+    write_yaml(path, config)
 
 
 def prepare(run: Path, config: DataConfig, vocab_size: int) -> tuple[Tokenizer, data.shards.Shards]:
     """The run's tokenizer and shards: read if they are there, made from the sources if not."""
-    if (run / "tokenizer.json").exists() and (run / "shards").exists():
+    if (run / TOKENIZER_FILE).exists() and (run / SHARDS).exists():
         tokenizer = Tokenizer.load(run)
-        return tokenizer, data.shards.read(run / "shards", tokenizer)
+        return tokenizer, data.shards.read(run / SHARDS, tokenizer)
     documents = list(data.documents(config.sources))
     if not documents:
         raise UserError(f"the corpus is empty: no text in {', '.join(config.sources)}")
@@ -172,34 +164,4 @@ def prepare(run: Path, config: DataConfig, vocab_size: int) -> tuple[Tokenizer, 
         training, _ = data.shards.hold_out(documents, config.holdout_share)
         tokenizer = Tokenizer.train(training, vocab_size)
     tokenizer.save(run)
-    return tokenizer, data.shards.write(run / "shards", documents, tokenizer, config.holdout_share)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[data.Batch],
-    byte_lengths: Tensor,
-    low_precision: contextlib.AbstractContextManager[object],
-) -> dict[str, float]:
-    """Loss in nats per token, and bits per byte: nats / ln 2 / the bytes that the predicted tokens stand for.
-
-    `byte_lengths` (V,) holds the bytes behind each id. Bits per byte compares models with different tokenizers.
-    """
-    was_training = model.training
-    model.eval()
-    nats = tokens = text_bytes = 0.0
-    for batch in batches:
-        targets = batch.targets.to(byte_lengths.device)
-        with low_precision:
-            logits = model(batch.ids.to(byte_lengths.device))
-        loss = token_loss(logits, targets)
-        nats += loss.sum.item()
-        tokens += loss.count.item()
-        text_bytes += byte_lengths[targets].sum().item()
-    model.train(was_training)
-    return {
-        "val_loss": nats / tokens,
-        "val_bits_per_byte": nats / math.log(2) / max(1.0, text_bytes),
-        "val_tokens": tokens,
-    }
+    return tokenizer, data.shards.write(run / SHARDS, documents, tokenizer, config.holdout_share)

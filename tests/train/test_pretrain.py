@@ -27,8 +27,9 @@ from glassgpt.data import Batch, Stream, in_order, shards
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint
+from glassgpt.train.evaluate import measure
 from glassgpt.train.loss import token_loss
-from glassgpt.train.pretrain import evaluate, open_run, prepare, pretrain
+from glassgpt.train.pretrain import open_run, prepare, pretrain
 from glassgpt.train.run import Log, plot_loss, read_log
 
 SHAPE = preset("tiny", vocab_size=300)
@@ -393,7 +394,7 @@ def fixed_model(probabilities: list[float]) -> GPT:
 
 
 def validate(model: GPT, batches: list[Batch], byte_lengths: list[int]) -> dict[str, float]:
-    return evaluate(model, batches, torch.tensor(byte_lengths), contextlib.nullcontext())
+    return measure(model, batches, torch.tensor(byte_lengths), contextlib.nullcontext())
 
 
 def test_bits_per_byte_by_hand() -> None:
@@ -404,9 +405,9 @@ def test_bits_per_byte_by_hand() -> None:
     text_bytes = 1 + 1 + 2 + 5 + 1 + 0 + 2
     for context_tokens, batch_size in ((7, 1), (3, 1), (3, 2), (1, 4)):
         found = validate(model, in_order([array], context_tokens, batch_size), byte_lengths)
-        assert found["val_loss"] == pytest.approx(bits * math.log(2) / 7, rel=1e-12)
-        assert found["val_bits_per_byte"] == pytest.approx(bits / text_bytes, rel=1e-12)
-        assert found["val_tokens"] == 7
+        assert found["loss"] == pytest.approx(bits * math.log(2) / 7, rel=1e-12)
+        assert found["bits_per_byte"] == pytest.approx(bits / text_bytes, rel=1e-12)
+        assert found["tokens"] == 7
 
 
 def test_an_untrained_head_costs_the_logarithm_of_the_vocabulary(tokenizer: Tokenizer) -> None:
@@ -415,9 +416,9 @@ def test_an_untrained_head_costs_the_logarithm_of_the_vocabulary(tokenizer: Toke
     text = "Tiếng Việt 🌍, and the cat sat on the mat."
     ids = np.array([tokenizer.end_id, *tokenizer.encode(text)])
     found = validate(model, in_order([ids], 32, 4), tokenizer.byte_lengths())
-    assert found["val_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
+    assert found["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
     expected = (len(ids) - 1) * math.log2(tokenizer.vocab_size) / len(text.encode())
-    assert found["val_bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_validation_switches_dropout_off_and_training_on_again() -> None:
