@@ -165,8 +165,9 @@ def _train(console: Console, run: Path, config: Demo) -> None:
     log = read_log(run)
     first, last = log[0]["loss"], log[-1]
     console.print(
-        f"Loss {first:.2f} -> {last['loss']:.2f} nats per token in {steps} steps (guessing is ln {TRAINED.vocab_size} ="
-        f" {math.log(TRAINED.vocab_size):.2f}); held-out text: {last['val_loss']:.2f}, {last['val_bits_per_byte']:.2f} bits per byte.",
+        f"Loss {first:.2f} -> {last['loss']:.2f} nats per token in {steps} steps (guessing: ln {TRAINED.vocab_size} ="
+        f" {math.log(TRAINED.vocab_size):.2f}).",
+        f"Held-out text: {last['val_loss']:.2f} nats per token, {last['val_bits_per_byte']:.2f} bits per byte.",
         highlight=False,
     )
 

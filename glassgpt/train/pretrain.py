@@ -146,8 +146,11 @@ def open_run(run: Path, config: Pretrain) -> None:
         shutil.rmtree(run / SHARDS, ignore_errors=True)
     elif run.exists() and any(run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run; choose another out_dir")
-    run.mkdir(parents=True, exist_ok=True)
-    write_yaml(path, config)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_yaml(path, config)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {run}: {error.strerror}") from error
 
 
 def prepare(run: Path, config: DataConfig, vocab_size: int) -> tuple[Tokenizer, data.shards.Shards]:

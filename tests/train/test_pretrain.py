@@ -323,6 +323,7 @@ def test_divergence_without_a_checkpoint(text: Path, tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_else_is_refused(text: Path, tmp_path: Path) -> None:
     config = settings(tmp_path / "run", text)
     open_run(tmp_path / "run", config)
+    (tmp_path / "run" / "log.jsonl").touch()
     with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
         open_run(tmp_path / "run", config)
     (tmp_path / "thesis").mkdir()
@@ -333,6 +334,21 @@ def test_a_folder_that_holds_something_else_is_refused(text: Path, tmp_path: Pat
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match="cannot make the run folder"):
         open_run(tmp_path / "thesis" / "thesis.tex" / "run", config)
+
+
+def test_a_start_that_failed_may_be_repeated_with_other_sources(text: Path, tmp_path: Path) -> None:
+    """A mistyped source, then one whose shards cannot be cut into windows: the next start is not taken for a resume."""
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="no such file"):
+        pretrain(settings(run, tmp_path / "mistyped.txt"))
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(UserError, match="too short"):
+        pretrain(settings(run, tmp_path / "short.txt"))
+    pretrain(settings(run, text, max_steps=1))
+    assert read_yaml(run / "config.yaml", Pretrain).data.sources == (str(text),)
+    tokenizer = Tokenizer.load(run)
+    shards.read(run / "shards", tokenizer)
+    assert tokenizer.vocab_size == 300
 
 
 @pytest.mark.parametrize(
