@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from glassgpt.config import Pretrain as Pretrain
     from glassgpt.config import UserError as UserError
     from glassgpt.config import preset as preset
+    from glassgpt.config.evaluate import Evaluate as Evaluate
     from glassgpt.config.generate import Generate as Generate
     from glassgpt.config.generate import Sampling as Sampling
     from glassgpt.generation import complete as complete
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from glassgpt.loading import load as load
     from glassgpt.model import GPT as GPT
     from glassgpt.text import Tokenizer as Tokenizer
+    from glassgpt.train.evaluate import evaluate as evaluate
     from glassgpt.train.pretrain import pretrain as pretrain
 
 __version__ = "0.1.0"
@@ -30,6 +32,7 @@ _HOME = {
     "Pretrain": "config",
     "UserError": "config",
     "preset": "config",
+    "Evaluate": "config.evaluate",
     "Generate": "config.generate",
     "Sampling": "config.generate",
     "complete": "generation",
@@ -39,6 +42,7 @@ _HOME = {
     "load": "loading",
     "GPT": "model",
     "Tokenizer": "text",
+    "evaluate": "train.evaluate",
     "pretrain": "train.pretrain",
 }
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

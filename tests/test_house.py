@@ -14,7 +14,7 @@ from glassgpt.config import PRESETS, Pretrain, UserError
 from glassgpt.config.files import read_yaml
 
 LAYERS = (
-    "config", "text", "data", "model", "loading", "generation", "interpret", "evaluate", "train", "compress", "retrieve",
+    "config", "text", "data", "model", "loading", "generation", "interpret", "evaluation", "train", "compress", "retrieve",
     "lab", "serve", "cli",
 )  # fmt: skip
 ONLY_CONFIG = ("text", "model")  # these know of nothing else

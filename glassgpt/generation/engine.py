@@ -48,12 +48,14 @@ def stream(
     max_new_tokens: int,
     ends: Callable[[Token], bool] = lambda token: False,
     n_top: int = 0,
+    n_ids: int | None = None,
 ) -> Iterator[Token]:
     """Continue each prompt; yields every token as it is drawn, all rows of a step together, rows in order.
 
     The first forward pass reads the prompts (prefill); every later one feeds one token a row through the cache (decode).
     A row goes on until `ends(token)` is true, `max_new_tokens` are written, or the context is full; it then leaves the
-    batch. `generators` holds one random generator a row. Raises UserError for an empty or too long prompt.
+    batch. `generators` holds one random generator a row. Only the first `n_ids` of the vocabulary can be drawn (all if not
+    given): some models have more rows than their tokenizer has tokens. Raises UserError for an empty or too long prompt.
     """
     device = next(model.parameters()).device
     prompts = [fit(ids, model.config.context_tokens) for ids in prompts]
@@ -61,10 +63,10 @@ def stream(
     ids, pad = as_batch(prompts, device)  # (B, T), (B,)
     rows = list(range(len(prompts)))
     cache = KVCache(model.config)
-    history = History(prompts, model.config.vocab_size, device) if History.matters(sampling) else None
+    history = History(prompts, n_ids or model.config.vocab_size, device) if History.matters(sampling) else None
     step = 0
     while rows:
-        logits = model.head(model.hidden(ids, cache, pad)[:, -1])  # (B, V)
+        logits = model.head(model.hidden(ids, cache, pad)[:, -1])[:, :n_ids]  # (B, V)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         wanted = penalised(logits, sampling, history.seen, history.written) if history else logits
         drawn = draw(distribution(wanted, sampling), [generators[row] for row in rows])  # (B,)

@@ -126,7 +126,7 @@ def complete(
         is_end = token.id == tokenizer.end_id and not ignore_end
         return rows[token.row].add(token, tokenizer.token_bytes(token.id), is_end)
 
-    for _ in engine.stream(model, ids, sampling, generators, max_new_tokens, ends, n_top):
+    for _ in engine.stream(model, ids, sampling, generators, max_new_tokens, ends, n_top, tokenizer.vocab_size):
         pass
     for row in rows:
         row.close("length" if len(row.tokens) == max_new_tokens else "context")

@@ -167,6 +167,17 @@ def test_as_many_alternatives_as_there_are_tokens(model: GPT) -> None:
     assert all(not token.top for token in run(model, [[1, 2]], max_new_tokens=2)[0])
 
 
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_ids_without_a_token_are_never_written(sampling: Sampling) -> None:
+    """A vocabulary padded to a round number, as some published models have: its spare rows are no text."""
+    padded = disturbed(dataclasses.replace(CONFIG, vocab_size=320))
+    completions = write(padded, PROMPTS, sampling, n=5, n_top=500)
+    assert max(token.id for completion in completions for token in completion.tokens) < TOKENIZER.vocab_size
+    assert {len(token.top) for completion in completions for token in completion.tokens} == {TOKENIZER.vocab_size}
+    free = run(padded, [TOKENIZER.encode("the cat")] * 5, FREE)
+    assert max(token.id for tokens in free for token in tokens) >= TOKENIZER.vocab_size  # it would have happened
+
+
 # ---------------------------------------------------------------------- seeds and batch-mates
 
 
