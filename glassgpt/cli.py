@@ -119,9 +119,7 @@ def parse(verb: str, arguments: list[str]) -> Any:
 def _description(kind: type) -> str:
     lines = [(kind.__doc__ or "").strip(), "--config FILE.yaml reads options from a file; flags override it."]
     if any(_holds_model(field) for field in dataclasses.fields(kind)):
-        lines.append(
-            "--model PRESET starts from a named shape (`nano`, `gpt2`, ...); --model.FIELD changes one field of it."
-        )
+        lines.append("--model PRESET starts from a named shape (`nano`, `gpt2`, ...); --model.FIELD changes one field of it.")
     return "\n\n".join(lines)
 
 

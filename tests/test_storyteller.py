@@ -42,7 +42,7 @@ def test_opens_in_transformers_after_export(tmp_path: Path) -> None:
     assert main(["export", "storyteller", str(tmp_path / "hf"), "--dtype", "float32"]) == 0
     model, tokenizer = glassgpt.load("storyteller")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    text = 'Once upon a time there was a "little" dog, who couldn\'t sleep -- not even at 12 o\'clock.'
+    text = "Once upon a time there was a \"little\" dog, who couldn't sleep -- not even at 12 o'clock."
     ids = tokenizer.encode(text)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"] == ids
     with torch.no_grad():

@@ -68,7 +68,7 @@ class Generate:
     n: int = 1
     """Continuations of each prompt."""
     overflow: Literal["error", "drop-oldest"] = "error"
-    """What to do with a prompt longer than the context: refuse it, or keep its last tokens."""
+    """What to do with a prompt longer than the context: refuse it, or cut its beginning so that there is room to write."""
     logprobs: int | None = None
     """Show each token's log-probability, and this many of the likeliest alternatives."""
     ignore_end: bool = False

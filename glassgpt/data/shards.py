@@ -63,9 +63,7 @@ def write(
     Raises UserError for an empty corpus, a tokenizer without end-of-text token, a full disk.
     """
     if tokenizer.end_id is None:
-        raise UserError(
-            "the tokenizer has no <|endoftext|> token, which parts documents; use one that has, or train one"
-        )
+        raise UserError("the tokenizer has no <|endoftext|> token, which parts documents; use one that has, or train one")
     if not documents:
         raise UserError("the corpus is empty: no source holds any text")
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)

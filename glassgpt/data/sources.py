@@ -40,9 +40,7 @@ def _of_path(path: Path) -> Iterator[str]:
         for file in files:
             yield from _of_path(file)
     elif not path.exists():
-        raise UserError(
-            f"{path}: no such file or folder (give a text or JSONL file, a folder of them, or `{EMBEDDED}`)"
-        )
+        raise UserError(f"{path}: no such file or folder (give a text or JSONL file, a folder of them, or `{EMBEDDED}`)")
     elif _suffix(path) == ".jsonl":
         yield from _of_jsonl(path)
     else:

@@ -27,16 +27,21 @@ class Token:
     """The likeliest (id, log-probability) pairs at this place, as many as were asked for."""
 
 
-def fit(ids: Sequence[int], context_tokens: int, *, drop_oldest: bool = False) -> list[int]:
-    """A prompt that fits the context. Raises UserError for an empty one or, unless `drop_oldest`, for a long one."""
+def fit(ids: Sequence[int], context_tokens: int, keep_tokens: int | None = None) -> list[int]:
+    """A prompt that fits the context; a longer one is cut to its last `keep_tokens`.
+
+    Raises UserError for an empty prompt or, without `keep_tokens`, for a long one.
+    """
     if not ids:
         raise UserError("the prompt is empty; give at least one character")
-    if len(ids) > context_tokens and not drop_oldest:
+    if len(ids) <= context_tokens:
+        return list(ids)
+    if keep_tokens is None:
         raise UserError(
             f"the prompt has {len(ids)} tokens and the context is {context_tokens};"
-            f" shorten it, or use --overflow drop-oldest to keep the last {context_tokens}"
+            " shorten it, or use --overflow drop-oldest to keep its end"
         )
-    return list(ids)[-context_tokens:]
+    return list(ids)[-keep_tokens:]
 
 
 @torch.inference_mode()
@@ -68,6 +73,8 @@ def stream(
     while rows:
         logits = model.head(model.hidden(ids, cache, pad)[:, -1])[:, :n_ids]  # (B, V)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        if logits.isnan().any():
+            raise UserError("the model's logits are not numbers (NaN): its weights are damaged, or its training had diverged")
         wanted = penalised(logits, sampling, history.seen, history.written) if history else logits
         drawn = draw(distribution(wanted, sampling), [generators[row] for row in rows])  # (B,)
         step += 1

@@ -23,6 +23,10 @@ from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 
 
+OPTIONS = ("max_new_tokens", "stop", "overflow", "ignore_end", "dtype")
+"""What besides the sampling and the seed decides a text."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """One continuation of one prompt."""
@@ -117,7 +121,9 @@ def complete(
     text as it is written. Raises UserError for an empty or too long prompt.
     """
     context = model.config.context_tokens
-    encoded = [engine.fit(tokenizer.encode(prompt), context, drop_oldest=drop_oldest) for prompt in prompts]
+    # a prompt that is cut leaves room for the new tokens, and keeps at least half the context of its own
+    keep = max(context // 2, context - max_new_tokens + 1) if drop_oldest else None
+    encoded = [engine.fit(tokenizer.encode(prompt), context, keep) for prompt in prompts]
     ids = [row for row in encoded for _ in range(n)]
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + row % n) % 2**63) for row in range(len(ids))]
     rows = [_Row(stop, lambda piece, row=row: show(row, piece)) for row in range(len(ids))]  # type: ignore[misc]
@@ -142,7 +148,7 @@ def generate(config: Generate) -> list[Completion]:
     live = len(prompts) * config.n == 1 and not config.json
     if live:
         # too long a prompt is refused before it is shown
-        engine.fit(tokenizer.encode(prompts[0]), model.config.context_tokens, drop_oldest=drop_oldest)
+        engine.fit(tokenizer.encode(prompts[0]), model.config.context_tokens, 1 if drop_oldest else None)
         _print_piece(_bold(prompts[0]))
     completions = complete(
         model,
@@ -202,6 +208,7 @@ def as_json(config: Generate, seed: int, completions: list[Completion], tokenize
         "model": config.model,
         "seed": seed,
         "sampling": dataclasses.asdict(config.sampling),
+        "options": {name: getattr(config, name) for name in OPTIONS},
         "completions": [
             {
                 "prompt": c.prompt,

@@ -64,9 +64,7 @@ def bench(config: Bench) -> Result:
     shape = preset(config.preset, dropout=0.0)
     needed = config.prompt_tokens + config.new_tokens
     if needed > shape.context_tokens:
-        raise UserError(
-            f"prompt_tokens + new_tokens is {needed}; the context of {config.preset} is {shape.context_tokens}"
-        )
+        raise UserError(f"prompt_tokens + new_tokens is {needed}; the context of {config.preset} is {shape.context_tokens}")
     if config.new_tokens < 2:
         raise UserError("new_tokens must be at least 2, so that decoding can be timed")
     torch.manual_seed(0)

@@ -131,9 +131,7 @@ def _show_temperatures(console: Console, model: GPT, tokenizer: Tokenizer, confi
         table.add_row(f"{made.temperature:g}", choices, f"{made.surprise_bits:.2f} bits", f"{made.repeated_share:.0%}")
     console.print()
     console.print(table)
-    console.print(
-        "Low: safe and repetitive. High: varied, and soon nonsense. The same weights, the same seed.", style="dim"
-    )
+    console.print("Low: safe and repetitive. High: varied, and soon nonsense. The same weights, the same seed.", style="dim")
 
 
 # ---------------------------------------------------------------------- 3. distribution

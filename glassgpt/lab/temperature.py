@@ -33,9 +33,7 @@ class Sample:
 def sample(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, new_tokens: int, seed: int) -> Sample:
     """Write `new_tokens` tokens after `prompt` and measure them. Raises UserError as `complete` does."""
     settings = Sampling(temperature=temperature)
-    (completion,) = complete(
-        model, tokenizer, [prompt], settings, max_new_tokens=new_tokens, seed=seed, ignore_end=True
-    )
+    (completion,) = complete(model, tokenizer, [prompt], settings, max_new_tokens=new_tokens, seed=seed, ignore_end=True)
     written = [token.id for token in completion.tokens]
     logits = logits_of(model, tokenizer.encode(prompt) + written)[-len(written) - 1 : -1]  # (written, V)
     bits = torch.tensor(2.0).log()
@@ -63,18 +61,14 @@ def repeated_share(ids: Sequence[int], n: int = 3) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def next_tokens(
-    model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, count: int
-) -> list[tuple[str, float]]:
+def next_tokens(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, count: int) -> list[tuple[str, float]]:
     """The `count` likeliest next tokens and their probabilities at a temperature."""
     logits = logits_of(model, tokenizer.encode(prompt))[-1:]  # (1, V)
     values, ids = distribution(logits, Sampling(temperature=temperature))[0].topk(count)
     return [(tokenizer.decode([token_id]), p) for token_id, p in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
-def chart(
-    model: GPT, tokenizer: Tokenizer, prompt: str, temperatures: Sequence[float], path: Path, count: int = 12
-) -> None:
+def chart(model: GPT, tokenizer: Tokenizer, prompt: str, temperatures: Sequence[float], path: Path, count: int = 12) -> None:
     """Draw the next-token distribution at each temperature side by side; `path` may end in .svg or .png."""
     import matplotlib
 
@@ -83,9 +77,7 @@ def chart(
 
     # the same tokens in every panel, in the model's own order: temperature changes heights, never the order
     tokens = [token for token, _ in next_tokens(model, tokenizer, prompt, 1.0, count)]
-    figure, panels = plt.subplots(
-        1, len(temperatures), figsize=(4 * len(temperatures), 4.2), sharey=True, layout="constrained"
-    )
+    figure, panels = plt.subplots(1, len(temperatures), figsize=(4 * len(temperatures), 4.2), sharey=True, layout="constrained")
     for axes, temperature in zip(panels, temperatures, strict=True):
         heights = [p for _, p in next_tokens(model, tokenizer, prompt, temperature, count)]
         axes.barh(range(count), heights, color="#2f5d9b")

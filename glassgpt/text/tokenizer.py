@@ -117,9 +117,7 @@ class Tokenizer:
         try:
             return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         except (UnicodeEncodeError, TypeError) as error:
-            raise UserError(
-                f"text is not valid Unicode ({error}); decode bytes as UTF-8, or use encode_bytes"
-            ) from error
+            raise UserError(f"text is not valid Unicode ({error}); decode bytes as UTF-8, or use encode_bytes") from error
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any bytes: valid UTF-8 as `encode`, every other byte as its own token."""
@@ -163,11 +161,7 @@ class Tokenizer:
 
     @cached_property
     def _special(self) -> dict[int, str]:
-        return {
-            token_id: str(token)
-            for token_id, token in self._backend.get_added_tokens_decoder().items()
-            if token.special
-        }
+        return {token_id: str(token) for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
     def _bytes_of_id(self) -> list[bytes]:

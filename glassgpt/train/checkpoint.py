@@ -20,9 +20,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 COMPLETE_FILE = "complete.json"
 
 
-def save(
-    run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer, facts: dict[str, Any]
-) -> Path:
+def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer, facts: dict[str, Any]) -> Path:
     """Write `run/checkpoints/step-NNNNNN`: the plain model, its tokenizer, the optimisers and, last, what must be there.
 
     `step` counts finished optimiser steps. Random state needs no saving: data order and dropout follow from the step.
@@ -39,9 +37,7 @@ def save(
 
 def complete(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. Half-written ones are not checkpoints."""
-    folders = sorted(
-        (run / "checkpoints").glob("step-*"), key=lambda folder: (len(folder.name), folder.name)
-    )  # by number
+    folders = sorted((run / "checkpoints").glob("step-*"), key=lambda folder: (len(folder.name), folder.name))  # by number
     return [folder for folder in folders if _is_complete(folder)]
 
 

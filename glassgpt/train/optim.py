@@ -21,9 +21,7 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
     rate serves both.
     """
     named = dict(model.named_parameters())
-    hidden = {
-        name for name, p in named.items() if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2
-    }
+    hidden = {name for name, p in named.items() if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
     decayed = [p for name, p in named.items() if p.ndim >= 2 and name not in hidden]
     plain = [p for p in named.values() if p.ndim < 2]
     fused = all(p.device.type in ("cpu", "cuda") for p in named.values())

@@ -102,9 +102,7 @@ def plot_loss(run: Path) -> list[Path]:
         axes.plot(*zip(*training, strict=True), color="#9db8d9", linewidth=0.8, label="training, each step")
         axes.plot(*zip(*_smoothed(training), strict=True), color="#2f5d9b", linewidth=1.6, label="training, smoothed")
     if validation:
-        axes.plot(
-            *zip(*validation, strict=True), "o-", color="#c8553d", markersize=3.5, linewidth=1.2, label="held-out text"
-        )
+        axes.plot(*zip(*validation, strict=True), "o-", color="#c8553d", markersize=3.5, linewidth=1.2, label="held-out text")
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -313,16 +313,27 @@ def test_an_empty_prompt_is_refused(model: GPT) -> None:
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=60))
 def test_drop_oldest_keeps_the_last_tokens(ids: list[int]) -> None:
-    assert fit(ids, 24, drop_oldest=True) == ids[max(0, len(ids) - 24) :]
+    assert fit(ids, 24, keep_tokens=20) == (ids if len(ids) <= 24 else ids[-20:])
 
 
 def test_a_long_prompt_without_its_oldest_tokens(model: GPT) -> None:
-    """Is continued as the rest alone would be."""
-    long, rest = write(model, ["the cat sat " + prompt_of(23), prompt_of(23)], drop_oldest=True)
-    assert TOKENIZER.encode("the cat sat " + prompt_of(23))[-23:] == TOKENIZER.encode(prompt_of(23))
-    (expected,) = run(model, [TOKENIZER.encode(" " + prompt_of(23))], seeds=[5 * 1_000_003], sampling=FREE)
+    """Is continued as its end alone would be, with room for the new tokens; one that fits is left whole."""
+    prompt = "the cat sat " + prompt_of(23)
+    long, rest = write(model, [prompt, prompt_of(23)], drop_oldest=True)  # 100 new tokens: half the context is kept
+    (expected,) = run(model, [TOKENIZER.encode(prompt)[-12:]], seeds=[5 * 1_000_003], sampling=FREE)
     assert ids_of(long.tokens) == ids_of(expected)
-    assert (len(long.tokens), len(rest.tokens)) == (1, 2)
+    assert (len(long.tokens), len(rest.tokens)) == (13, 2)
+    long, _ = write(model, [prompt, prompt_of(23)], drop_oldest=True, max_new_tokens=5)
+    (expected,) = run(model, [TOKENIZER.encode(prompt)[-20:]], seeds=[5 * 1_000_003], sampling=FREE, max_new_tokens=5)
+    assert ids_of(long.tokens) == ids_of(expected)
+
+
+def test_damaged_weights_are_named(model: GPT) -> None:
+    damaged = GPT(CONFIG).double().eval()
+    damaged.load_state_dict(model.state_dict())
+    damaged.norm_f.bias.data[0] = math.nan
+    with pytest.raises(UserError, match="not numbers"):
+        run(damaged, [[1, 2]])
 
 
 # ---------------------------------------------------------------------- text: stops, ends, broken characters

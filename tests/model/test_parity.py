@@ -174,9 +174,7 @@ MUTANTS: dict[str, Callable[[GPT], None]] = {
     "query and key swapped": _attend(lambda q, k, v, seen: plain(k, q, v, seen, 0.0)),
     "not causal": _attend(lambda q, k, v, seen: nn.functional.scaled_dot_product_attention(q, k, v)),
     "sees one token too few": _attend(
-        lambda q, k, v, seen: plain(
-            q, k, v, (torch.ones(q.size(2), q.size(2)).tril(-1) + torch.eye(q.size(2), 1)).bool(), 0.0
-        )
+        lambda q, k, v, seen: plain(q, k, v, (torch.ones(q.size(2), q.size(2)).tril(-1) + torch.eye(q.size(2), 1)).bool(), 0.0)
     ),
     "positions shifted by one": _shifted_positions,
     "no bias in the final norm": _no_final_norm_bias,
