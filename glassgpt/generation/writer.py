@@ -22,7 +22,6 @@ from glassgpt.loading import load
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 
-
 OPTIONS = ("max_new_tokens", "stop", "overflow", "ignore_end", "dtype")
 """What besides the sampling and the seed decides a text."""
 
