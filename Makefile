@@ -33,4 +33,4 @@ bench: setup
 	$(BIN)/glassgpt bench generate
 
 clean:
-	rm -rf .venv demo runs build dist *.egg-info
+	rm -rf .venv demo build dist *.egg-info

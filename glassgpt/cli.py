@@ -99,9 +99,9 @@ def parse(verb: str, arguments: list[str]) -> Any:
     kind = _resolve(COMMANDS[verb].config)
     arguments, files = _take(arguments, CONFIG_FLAG)
     default = read_yaml(files[-1], kind, _empty(kind)) if files else None
-    if default is None and "--resume" in arguments:
-        default = _of_run(kind, arguments)
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    if default is None and "resume" in fields and "--resume" in arguments:
+        default = _of_run(kind, arguments)
     if "model" in fields and _holds_model(fields["model"]):
         arguments, presets = _take(arguments, "--model")
         if presets:
@@ -120,7 +120,7 @@ def _description(kind: type) -> str:
     lines = [(kind.__doc__ or "").strip(), "--config FILE.yaml reads options from a file; flags override it."]
     if any(_holds_model(field) for field in dataclasses.fields(kind)):
         lines.append("--model PRESET starts from a named shape (`nano`, `gpt2`, ...); --model.FIELD changes one field of it.")
-    return "\n\n".join(lines)
+    return "\n".join(lines)
 
 
 def _empty(kind: type) -> Any:
@@ -159,9 +159,7 @@ def _of_run(kind: type, arguments: list[str]) -> Any:
     _, named = _take([argument.replace("--out_dir", "--out-dir") for argument in arguments], "--out-dir")
     folder = Path(named[-1] if named else kind().out_dir)
     path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"nothing to resume: {folder} holds no run (no {path})")
-    return read_yaml(path, kind)
+    return read_yaml(path, kind) if path.is_file() else None
 
 
 def _resolve(place: str) -> Any:

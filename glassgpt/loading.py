@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from glassgpt.config import PRESETS, ModelConfig, UserError, nearest
+from glassgpt.config.errors import first_line
 from glassgpt.config.files import complete_folder
 from glassgpt.config.hub import Download, Export
 from glassgpt.model import GPT, weights
@@ -66,7 +67,7 @@ def bundled() -> list[str]:
 
 def find(name: str | Path) -> Found:
     """Where the model called `name` is. Raises UserError when it is nowhere."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # leaves an unknown ~user alone
     if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that no file can have
         return _in_folder(path)
     if os.path.exists(path):
@@ -116,15 +117,12 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not one of auto, cpu, cuda, mps{nearest(name, ('auto', 'cpu', 'cuda', 'mps'))}")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not available here ({_reason(error)}); use auto or cpu") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's text, its class when it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"device {name!r} is not available here ({first_line(error)}); use auto or cpu") from error
 
 
 # ---------------------------------------------------------------------- the hub
@@ -172,9 +170,9 @@ def download(config: Download) -> Path:
             raise UserError(f"HF_HUB_OFFLINE is set, so {repo} cannot be fetched; unset it") from error
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
             raise UserError(f"{endpoint} does not accept your token ({error.server_message}); correct HF_TOKEN") from error
-        raise UserError(f"cannot fetch {repo} from {endpoint}: {_reason(error)}; check the network, then try again") from error
+        raise UserError(f"cannot fetch {repo} from {endpoint}: {first_line(error)}; check the network, then try again") from error
     weights.read_hf_config(folder)
-    print(f"{repo} is in {folder}")
+    print(f"{repo} is in {folder}" + ("" if config.revision == "main" else ": open it by this path"))
     return folder
 
 

@@ -52,7 +52,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Hub:
-    """What huggingface.co answers to `snapshot_download`; weights come by a redirect to a second server, as from its CDN."""
+    """What huggingface.co answers to `snapshot_download`; weights come by a redirect to a second server, its CDN."""
 
     repos: dict[str, Repo]
     cut: Literal["", "reset", "stall"] = ""
@@ -125,8 +125,8 @@ class _Hub(_Answers):
         match request.path.strip("/").split("/"):
             case ["api", "models", owner, name, "revision", revision]:
                 if files := self.files(f"{owner}/{name}", revision):
-                    siblings = [{"rfilename": path} for path in files]
-                    self.reply_json({"id": f"{owner}/{name}", "sha": commit_of(files), "siblings": siblings, "tags": []})
+                    facts = {"id": f"{owner}/{name}", "sha": commit_of(files), "tags": []}
+                    self.reply_json(facts | {"siblings": [{"rfilename": path} for path in files]})
             case ["api", "models", owner, name, "tree", revision]:
                 if files := self.files(f"{owner}/{name}", revision):
                     self.reply_json([tree_entry(path, content) for path, content in files.items()])
@@ -174,8 +174,9 @@ class _CDN(_Answers):
     def answer(self) -> None:
         request = self.request_line()
         self.hub.cdn_requests.append(request)
-        everything = (c for repo in self.hub.repos.values() for files in repo.revisions.values() for c in files.values())
-        content = next(c for c in everything if hashlib.sha256(c).hexdigest() == request.path.strip("/"))
+        revisions = (files for repo in self.hub.repos.values() for files in repo.revisions.values())
+        held = {hashlib.sha256(content).hexdigest(): content for files in revisions for content in files.values()}
+        content = held[request.path.strip("/")]
         if not self.hub.cut:
             return self.reply(200, content)
         self.send_response(200)

@@ -17,3 +17,14 @@ def nearest(given: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' when a known name is close to the given one, else ''."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError unless `seed` is one that every random generator takes."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be between 0 and {2**32 - 1}; got {seed}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, its class when it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

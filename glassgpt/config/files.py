@@ -32,7 +32,8 @@ def complete_folder(target: Path) -> Iterator[Path]:
     if target.exists():
         raise UserError(f"{target} exists already and is never overwritten; choose another name or move it away")
     aside = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in target.parent.glob(f".tmp-{target.name}-*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         yield aside

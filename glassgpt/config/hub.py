@@ -15,7 +15,7 @@ class Download:
     repo: Annotated[str, Positional, arg(metavar="REPO")]
     """Model id on the hub, such as gpt2 or distilbert/distilgpt2."""
     revision: str = "main"
-    """Branch, tag or commit."""
+    """Branch, tag or commit; a name alone opens `main`, another revision opens by its folder."""
 
 
 @dataclass(frozen=True)

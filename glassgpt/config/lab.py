@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from tyro.conf import Positional
 
-from glassgpt.config.errors import UserError
+from glassgpt.config.errors import UserError, check_seed
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Demo:
     """Seed of texts and training."""
 
     def __post_init__(self) -> None:
-        if not self.train_seconds > 0:
+        if not 0 < self.train_seconds < math.inf:
             raise UserError(f"train_seconds must be positive; got {self.train_seconds}")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,5 @@ class Bench:
         for name in ("prompt_tokens", "new_tokens", "batch_size", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads must be at least 1; got {self.threads}")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glassgpt.config.errors import UserError
+from glassgpt.config.errors import UserError, check_seed
 from glassgpt.config.model import PRESETS, ModelConfig
 
 
@@ -17,7 +17,8 @@ class DataConfig:
     sources: tuple[str, ...] = ("embedded",)
     """Text files, folders, JSONL files with a `text` field (each also as .gz); `embedded` is Python's own documentation."""
     tokenizer: str | None = None
-    """A tokenizer file or folder; when not given, one of `model.vocab_size` ids is trained on the sources."""
+    """A tokenizer file or folder; when not given, one of `model.vocab_size` ids is trained on the sources. The model's
+    vocabulary is the tokenizer's, whatever `model.vocab_size` says."""
     holdout_share: float = 0.05
     """Share of the documents kept for validation (of every document's end when there are fewer than 40)."""
 
@@ -97,17 +98,19 @@ class Pretrain:
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best there is."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward pass; auto takes bf16 where the machine multiplies it in hardware. Weights stay float32."""
+    """Arithmetic of the forward pass; auto takes bf16 where the machine multiplies it in
+    hardware and, on a CPU, the width is at least 256. Weights stay float32."""
     compile: bool = False
     """Compile the model with torch.compile: faster steps after a minute's wait."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulation_steps"):
+        for name in ("max_steps", "batch_size", "accumulation_steps", "eval_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("eval_interval", "eval_batches", "save_interval", "sample_interval"):
+        for name in ("eval_interval", "save_interval", "sample_interval"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative; got {getattr(self, name)}")
+        check_seed(self.seed)
         if not self.sample_prompt:
             raise UserError("sample_prompt is empty; give at least one character")
         if self.keep_checkpoints < 2:

@@ -97,7 +97,7 @@ def read(folder: Path, tokenizer: Tokenizer) -> Shards:
     """Open shards. Raises UserError when they are incomplete, changed, or made by another tokenizer."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no readable manifest.json, so these are not complete shards ({error})") from error
     if manifest.get("format") != FORMAT:
         raise UserError(

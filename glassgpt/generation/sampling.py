@@ -40,6 +40,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         largest = probabilities.gather(-1, order)
         before = largest.cumsum(-1) - largest  # mass of the tokens ahead of each one
         beyond = before >= sampling.top_p
+        beyond[:, 0] = False  # the likeliest token stays, however small p is
         probabilities = probabilities.masked_fill(beyond.scatter(-1, order, beyond), 0)
     if sampling.min_p > 0:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from glassgpt.config import PRESETS, OptimConfig, Pretrain, UserError, preset
 from glassgpt.config.lab import Demo
@@ -28,6 +30,7 @@ COMPARED_WITH = "gpt2"
 NEW_TOKENS = 60
 SHOWN_TOKENS = 10
 TRAINED = PRESETS["nano"]
+MARK = ".glassgpt-demo"
 
 
 def demo(config: Demo) -> Path:
@@ -39,10 +42,11 @@ def demo(config: Demo) -> Path:
     console = Console()
     out = Path(config.out_dir)
     training = out / "training"
-    if training.exists() and not (training / "config.yaml").is_file():
+    if training.exists() and not (out / MARK).is_file():
         raise UserError(f"{training} is not an earlier demo's run; choose another out_dir")
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(training, ignore_errors=True)  # derived from the seed: the run below makes it again
+    (out / MARK).touch()  # what is in here is the demo's to replace
+    shutil.rmtree(training, ignore_errors=True)
 
     model, tokenizer = load(config.model)
     _heading(console, 1, f"What it is made of: {config.model} beside {COMPARED_WITH}")
@@ -79,7 +83,7 @@ def demo(config: Demo) -> Path:
 
 def _heading(console: Console, number: int, text: str) -> None:
     console.print()
-    console.rule(f"[bold]{number}. {text}", align="left", style="dim")
+    console.rule(f"[bold]{number}. {escape(text)}", align="left", style="dim")
 
 
 # ---------------------------------------------------------------------- 1. parameters
@@ -124,7 +128,7 @@ def _show_temperatures(console: Console, model: GPT, tokenizer: Tokenizer, confi
     samples = [temperature.sample(model, tokenizer, config.prompt, t, NEW_TOKENS, config.seed) for t in TEMPERATURES]
     for made in samples:
         console.print(f"\n[bold]temperature {made.temperature:g}[/bold]")
-        console.print(f"{config.prompt}[cyan]{made.completion.text}", highlight=False, emoji=False)
+        console.print(Text.assemble(config.prompt, (made.completion.text, "cyan")))  # never read as markup
     table = Table("temperature", "choices at each step", "surprise", "repeated 3-token runs", box=None, pad_edge=False)
     for made in samples:
         choices = f"{2**made.entropy_bits:,.1f} (entropy {made.entropy_bits:.2f} bits)"
@@ -141,8 +145,8 @@ def _show_distribution(console: Console, model: GPT, tokenizer: Tokenizer, promp
     table = Table("next token", *(f"temperature {t:g}" for t in TEMPERATURES), box=None, pad_edge=False)
     columns = [temperature.next_tokens(model, tokenizer, prompt, t, SHOWN_TOKENS) for t in TEMPERATURES]
     for row in zip(*columns, strict=True):
-        table.add_row(repr(row[0][0]), *(f"{'█' * round(12 * p):12} {p:.3f}" for _, p in row))
-    console.print(f"after “…{prompt[-50:]}”", highlight=False)
+        table.add_row(Text(repr(row[0][0])), *(f"{'█' * round(12 * p):12} {p:.3f}" for _, p in row))
+    console.print(Text(f"after “…{prompt[-50:]}”"))
     console.print(table)
 
 
@@ -152,6 +156,7 @@ def _show_distribution(console: Console, model: GPT, tokenizer: Tokenizer, promp
 def _train(console: Console, run: Path, config: Demo) -> None:
     start = Pretrain(
         out_dir=str(run),
+        device="cpu",  # where `_seconds_a_step` has timed it
         model=TRAINED,
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=20),
         eval_interval=0,

@@ -35,7 +35,7 @@ def sample(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, ne
     settings = Sampling(temperature=temperature)
     (completion,) = complete(model, tokenizer, [prompt], settings, max_new_tokens=new_tokens, seed=seed, ignore_end=True)
     written = [token.id for token in completion.tokens]
-    logits = logits_of(model, tokenizer.encode(prompt) + written)[-len(written) - 1 : -1]  # (written, V)
+    logits = logits_of(model, (tokenizer.encode(prompt) + written)[:-1])[-len(written) :]  # (written, V)
     bits = torch.tensor(2.0).log()
     surprise = -sum(token.logprob for token in completion.tokens) / len(written)
     return Sample(
@@ -62,9 +62,10 @@ def repeated_share(ids: Sequence[int], n: int = 3) -> float:
 
 
 def next_tokens(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, count: int) -> list[tuple[str, float]]:
-    """The `count` likeliest next tokens and their probabilities at a temperature."""
-    logits = logits_of(model, tokenizer.encode(prompt))[-1:]  # (1, V)
-    values, ids = distribution(logits, Sampling(temperature=temperature))[0].topk(count)
+    """The `count` likeliest next tokens, in the model's own order, and their probabilities at a temperature."""
+    logits = logits_of(model, tokenizer.encode(prompt))[-1:, : tokenizer.vocab_size]  # (1, V)
+    ids = logits[0].topk(count).indices  # not of the probabilities: cold ones round to ties at 0
+    values = distribution(logits, Sampling(temperature=temperature))[0][ids]
     return [(tokenizer.decode([token_id]), p) for token_id, p in zip(ids.tolist(), values.tolist(), strict=True)]
 
 

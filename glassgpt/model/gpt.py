@@ -35,7 +35,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block:
 
-    x ──┬──────────────┬── + ──┬───────────┬── + ──>
+    x ──┬───────────────── + ──┬──────────────── + ──>
         └─ norm_1 ─ attn ──┘   └─ norm_2 ─ mlp ──┘
     """
 
@@ -58,8 +58,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.context_tokens, config.width)
+        self.token_embedding = embedding(config.vocab_size, config.width)
+        self.position_embedding = embedding(config.context_tokens, config.width)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm_f = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -98,11 +98,18 @@ class GPT(nn.Module):
         return self.head(self.hidden(ids, cache, pad))
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """`nn.Embedding`, which on the meta device would draw its numbers first, and import a second's worth for that."""
+    weight = torch.empty(count, width)
+    return nn.Embedding(count, width, _weight=weight if weight.is_meta else None)
+
+
 @torch.no_grad()
 def initialise(model: GPT) -> None:
-    """GPT-2's start: N(0, 0.02) matrices, zero biases; matrices that write to the residual stream scaled by 1/√(2L).
+    """GPT-2's start, as `transformers` has it: N(0, 0.02) matrices and embeddings, zero biases.
 
-    There are 2L of them, so the variance of the residual stream does not grow with depth (Radford et al. 2019, §2.3).
+    The matrices that write to the residual stream are scaled by 1/√(2L): there are 2L of them, so its variance does not
+    grow with depth (Radford et al. 2019, §2.3).
     """
     if model.norm_f.weight.is_meta:
         return  # shapes without numbers: random draws would do nothing, after a second of importing what they need

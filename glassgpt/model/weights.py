@@ -226,6 +226,8 @@ def _fill(config: ModelConfig, tensors: dict[str, Tensor], names: dict[str, Stor
             problems.append(f"{stored.name}: missing, expected shape {expected}")
         elif tuple(tensor.shape) != expected:
             problems.append(f"{stored.name}: shape {tuple(tensor.shape)}, expected {expected}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{stored.name}: {tensor.dtype}, expected floating point numbers")
         else:
             state[ours] = tensor.t().contiguous() if stored.transposed else tensor
     problems += [f"{name}: unexpected, shape {tuple(tensor.shape)}" for name, tensor in tensors.items()]

@@ -33,6 +33,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
+        backend.no_truncation()  # some published files carry a training run's limits
+        backend.no_padding()
 
     # ------------------------------------------------------------------ load, train, save
 

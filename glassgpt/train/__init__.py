@@ -1,0 +1,1 @@
+"""Training: one flat function a stage, and the plumbing that it calls."""

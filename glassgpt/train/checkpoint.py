@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from glassgpt.config import UserError
 from glassgpt.config.files import complete_folder
+from glassgpt.loading import COMPLETE_FILE, complete_checkpoints
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
 from glassgpt.train import optim
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-COMPLETE_FILE = "complete.json"
 
 
 def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer, facts: dict[str, Any]) -> Path:
@@ -26,6 +26,8 @@ def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenize
     `step` counts finished optimiser steps. Random state needs no saving: data order and dropout follow from the step.
     """
     target = run / "checkpoints" / f"step-{step:06d}"
+    if target.exists() and target not in complete_checkpoints(run):
+        shutil.rmtree(target)  # a damaged one or half a copy, which resuming has passed over
     with complete_folder(target) as aside:
         weights.save(model, aside)
         tokenizer.save(aside)
@@ -35,23 +37,9 @@ def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenize
     return target
 
 
-def complete(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. Half-written ones are not checkpoints."""
-    folders = sorted((run / "checkpoints").glob("step-*"), key=lambda folder: (len(folder.name), folder.name))  # by number
-    return [folder for folder in folders if _is_complete(folder)]
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        files = json.loads((folder / COMPLETE_FILE).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` complete checkpoints, and what interrupted saves have left."""
-    for folder in complete(run)[:-keep]:
+    for folder in complete_checkpoints(run)[:-keep]:
         shutil.rmtree(folder)
     for folder in (run / "checkpoints").glob(".tmp-step-*"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ import sys
 import torch
 
 SMALLEST_BF16_WIDTH = 256
-"""Below this width casting costs more than bfloat16 products save (measured on two AVX-512 cores: docs/results.md)."""
+"""Below this width casting costs more than bfloat16 products save (measured: docs/log.md)."""
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -81,7 +81,4 @@ def set_state(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, 
     for name, tensor in tensors.items():
         parameter_name, key = name.rsplit(":", 1)
         parameter = parameters[parameter_name]
-        # the step counter stays on the CPU unless the optimiser is fused on a GPU; everything else follows its parameter
-        owner[parameter].state[parameter][key] = (
-            tensor if tensor.ndim == 0 and parameter.device.type == "cpu" else tensor.to(parameter.device)
-        )
+        owner[parameter].state[parameter][key] = tensor.to(parameter.device)

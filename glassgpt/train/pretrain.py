@@ -17,7 +17,7 @@ from glassgpt.config import DataConfig, Pretrain, UserError
 from glassgpt.config.files import read_yaml, write_yaml
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import complete
-from glassgpt.loading import pick_device
+from glassgpt.loading import complete_checkpoints, pick_device
 from glassgpt.model import GPT, plain, use_attention
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint, machine, optim
@@ -59,7 +59,7 @@ def pretrain(config: Pretrain) -> Path:
     byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=device)
     low_precision = machine.autocast(device, config.precision, shape.width)
 
-    saved = checkpoint.complete(run)
+    saved = complete_checkpoints(run)
     step = checkpoint.restore(saved[-1], model, optimizers) if saved else 0
     log = Log(run, step)
     with contextlib.closing(log), Progress(run.name, config.max_steps, step) as progress:
@@ -85,9 +85,11 @@ def pretrain(config: Pretrain) -> Path:
                 total += loss.item()
             norm = optim.clip(model, config.optim.grad_clip)
             if not (math.isfinite(total) and math.isfinite(norm)):
+                # the weights of a checkpoint written by the step before are the ones that have just failed
+                good = [folder for folder in saved if folder.name != f"step-{step:06d}"] if not math.isfinite(total) else saved
                 raise UserError(
                     f"step {step + 1}: loss {total}, gradient norm {norm}: training has diverged; this step was not applied."
-                    f" Last good checkpoint: {saved[-1] if saved else 'none'}"
+                    f" Last good checkpoint: {good[-1] if good else 'none'}"
                     f" (try a lower optim.learning_rate, now {config.optim.learning_rate})"
                 )
             for optimizer in optimizers:
@@ -100,7 +102,7 @@ def pretrain(config: Pretrain) -> Path:
             entry["seconds"] = round(seconds, 4)
             last = step == config.max_steps
             if last or (config.eval_interval and step % config.eval_interval == 0):
-                apart = 1 if last else max(1, len(held_out) // max(1, config.eval_batches))
+                apart = 1 if last else -(-len(held_out) // config.eval_batches)
                 measured = measure(model, held_out[::apart], byte_lengths, low_precision)
                 entry |= {f"val_{name}": value for name, value in measured.items()}
                 said = f"held-out loss {measured['loss']:.4f}, {measured['bits_per_byte']:.4f} bits per byte"
@@ -130,7 +132,9 @@ def sample(model: GPT, tokenizer: Tokenizer, config: Pretrain) -> str:
 def open_run(run: Path, config: Pretrain) -> None:
     """Make the run folder and write the resolved configuration, or check that a resumed one asks for the same run."""
     path = run / CONFIG_FILE
-    if path.exists() and config.resume:
+    if config.resume and not path.exists():
+        raise UserError(f"nothing to resume: {run} holds no run (no {path})")
+    if config.resume:
         before = read_yaml(path, Pretrain)
         for name in FIXED_ON_RESUME:
             if getattr(before, name) != getattr(config, name):

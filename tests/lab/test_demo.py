@@ -26,7 +26,7 @@ def test_demo_shows_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str
     arguments = ["demo", "--model", str(folder), "--out-dir", str(out), "--train-seconds", "1"]
     assert main(arguments) == 2  # somebody's folder is not deleted
     assert "not an earlier demo's run" in capsys.readouterr().err
-    (out / "training" / "config.yaml").touch()
+    (out / ".glassgpt-demo").touch()
     (out / "training" / "left-over").touch()
     assert main(arguments) == 0
     shown = capsys.readouterr().out

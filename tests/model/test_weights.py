@@ -337,7 +337,7 @@ def test_unsupported_field_is_named(field: str, value: object, folder: Path) -> 
         ("{", "cannot read"),
         ("[]", "expected a JSON object"),
         ('{"model_type": "gpt2", "vocab_size": 61}', "'n_layer' is missing"),
-        ('{"model_type": "gpt2", "vocab_size": "61", "n_layer": 2, "n_head": 2, "n_embd": 8}', "vocab_size must be int"),
+        ('{"model_type": "gpt2", "vocab_size": "61", "n_layer": 2, "n_head": 2, "n_embd": 8}', "vocab_size must"),
         ('{"model_type": "gpt2", "vocab_size": 61, "n_layer": 2, "n_head": 3, "n_embd": 8}', "n_head must divide"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from glassgpt.config import OptimConfig, UserError, preset
+from glassgpt.loading import complete_checkpoints
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint, optim
@@ -37,7 +38,7 @@ def train(state: State, steps: range) -> State:
 
 
 def names(run: Path) -> list[str]:
-    return [folder.name for folder in checkpoint.complete(run)]
+    return [folder.name for folder in complete_checkpoints(run)]
 
 
 def test_a_saved_checkpoint_is_complete_and_loadable(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -45,7 +46,7 @@ def test_a_saved_checkpoint_is_complete_and_loadable(tokenizer: Tokenizer, tmp_p
     model, optimizers = train(a_state(), range(2))
     folder = checkpoint.save(tmp_path, 2, model, optimizers, tokenizer, {"val_loss": 1.5})
     assert folder == tmp_path / "checkpoints" / "step-000002"
-    assert checkpoint.complete(tmp_path) == [folder]
+    assert complete_checkpoints(tmp_path) == [folder]
     facts = json.loads((folder / "complete.json").read_text())
     assert (facts["step"], facts["val_loss"]) == (2, 1.5)
     assert facts["files"].keys() == {path.name for path in folder.iterdir()} - {"complete.json"}

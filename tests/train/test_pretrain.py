@@ -24,6 +24,7 @@ import torch
 from glassgpt.config import DataConfig, OptimConfig, Pretrain, UserError, preset
 from glassgpt.config.files import read_yaml
 from glassgpt.data import Batch, Stream, in_order, shards
+from glassgpt.loading import complete_checkpoints
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint
@@ -105,7 +106,7 @@ def test_what_a_run_leaves_behind(text: Path, tmp_path: Path) -> None:
     assert read_yaml(run / "config.yaml", Pretrain) == config
     assert (run / "loss.svg").read_text().rstrip().endswith("</svg>")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG") and (run / "loss.png").stat().st_size > 5000
-    (saved,) = checkpoint.complete(run)
+    (saved,) = complete_checkpoints(run)
     assert json.loads((saved / "complete.json").read_text())["val_loss"] == read_log(run)[-1]["val_loss"]
     entry = read_log(run)[0]
     assert entry.keys() == {"step", "loss", "grad_norm", "lr", "tokens", "seconds"}
@@ -252,7 +253,7 @@ def test_a_killed_run_continues_bit_for_bit(
         process.kill()
     process.join(300)
     assert process.exitcode == -signal.SIGKILL
-    assert [folder.name for folder in checkpoint.complete(run)] == survives
+    assert [folder.name for folder in complete_checkpoints(run)] == survives
     assert len(list((run / "checkpoints").glob(".tmp-*"))) == (0 if moment == "between saves" else 1)
     assert read_log(run)[-1]["step"] >= (12 if moment == "between saves" else 10)  # the log is ahead of the checkpoint
 
@@ -261,7 +262,7 @@ def test_a_killed_run_continues_bit_for_bit(
     whole = uninterrupted(variant)
     assert losses(run) == losses(whole)
     assert len(losses(run)) == 20
-    ours, theirs = checkpoint.complete(run), checkpoint.complete(whole)
+    ours, theirs = complete_checkpoints(run), complete_checkpoints(whole)
     assert [folder.name for folder in ours] == [folder.name for folder in theirs] == ["step-000015", "step-000020"]
     assert differing(ours[-1], theirs[-1]) == []
     assert differing(ours[0], theirs[-1]) != []  # the comparison can fail
@@ -307,7 +308,7 @@ def test_a_diverged_run_stops_and_names_the_step(text: Path, tmp_path: Path) -> 
     config = settings(tmp_path / "run", text, optim=huge, save_interval=1)
     with pytest.raises(UserError) as caught:
         pretrain(config)
-    (saved,) = checkpoint.complete(tmp_path / "run")
+    (saved,) = complete_checkpoints(tmp_path / "run")
     for part in ("step 2: loss nan", "not applied", f"checkpoint: {saved}", "optim.learning_rate, now 1e+30"):
         assert part in str(caught.value)
     assert saved.name == "step-000001"
