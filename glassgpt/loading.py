@@ -172,7 +172,7 @@ def download(config: Download) -> Path:
             raise UserError(f"{endpoint} does not accept your token ({error.server_message}); correct HF_TOKEN") from error
         raise UserError(f"cannot fetch {repo} from {endpoint}: {first_line(error)}; check the network, then try again") from error
     weights.read_hf_config(folder)
-    print(f"{repo} is in {folder}" + ("" if config.revision == "main" else ": open it by this path"))
+    print(f"{repo}{'' if config.revision == 'main' else ', which opens by its folder,'} is in {folder}")
     return folder
 
 

@@ -213,7 +213,7 @@ def test_tokenizer_missing(ours: Path) -> None:
 
 
 def test_device_that_is_not_there(ours: Path) -> None:
-    with pytest.raises(UserError, match="device 'toaster' is not available"):
+    with pytest.raises(UserError, match="device 'toaster' is not one of auto, cpu, cuda, mps"):
         load(ours, device="toaster")
 
 

@@ -56,7 +56,7 @@ def test_a_folder_gives_its_text_files_by_name(tmp_path: Path) -> None:
     (tmp_path / "c.md").write_text("third")
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "b.jsonl").write_text('{"text": "second"}')
-    (tmp_path / "deep" / "d.txt.gz").write_bytes(gzip.compress(b"fourth"))
+    (tmp_path / "deep" / "d.txt.gz").write_bytes(gzip.compress(b"fourth", mtime=0))
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
     (tmp_path / "archive.tar.gz").write_bytes(b"nothing to read")
     assert read(tmp_path) == ["first", "second", "third", "fourth"]
@@ -67,7 +67,7 @@ def test_a_folder_gives_its_text_files_by_name(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("latin.txt", "caf\xe9".encode("latin-1"), r"not UTF-8 at byte 3 \(0xe9\)"),
-        ("cut.txt.gz", gzip.compress(b"words " * 100)[:-12], "cannot read"),
+        ("cut.txt.gz", gzip.compress(b"words " * 100, mtime=0)[:-12], "cannot read"),
         ("fake.txt.gz", b"not compressed at all", "cannot read"),
         ("bad.jsonl", b'{"text": "ok"}\n\n{"text": \n', "line 3: not JSON"),
         ("other.jsonl", b'{"text": "ok"}\n{"body": "x"}\n', "line 2: expected an object with a string field `text`"),

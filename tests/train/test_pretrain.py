@@ -308,8 +308,8 @@ def test_a_diverged_run_stops_and_names_the_step(text: Path, tmp_path: Path) -> 
     config = settings(tmp_path / "run", text, optim=huge, save_interval=1)
     with pytest.raises(UserError) as caught:
         pretrain(config)
-    (saved,) = complete_checkpoints(tmp_path / "run")
-    for part in ("step 2: loss nan", "not applied", f"checkpoint: {saved}", "optim.learning_rate, now 1e+30"):
+    assert len(complete_checkpoints(tmp_path / "run")) == 1  # of step 1: the weights that step 2 fails with are no good ones
+    for part in ("step 2: loss nan", "not applied", "checkpoint: none", "optim.learning_rate, now 1e+30"):
         assert part in str(caught.value)
     assert saved.name == "step-000001"
     assert len(losses(tmp_path / "run")) == 1
@@ -329,8 +329,8 @@ def test_a_folder_that_holds_something_else_is_refused(text: Path, tmp_path: Pat
         open_run(tmp_path / "run", config)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
-    for resume in (False, True):
-        with pytest.raises(UserError, match="not empty and holds no run"):
+    for resume, said in ((False, "not empty and holds no run"), (True, "nothing to resume")):
+        with pytest.raises(UserError, match=said):
             pretrain(settings(tmp_path / "thesis", text, resume=resume))
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match="cannot make the run folder"):
