@@ -311,7 +311,6 @@ def test_a_diverged_run_stops_and_names_the_step(text: Path, tmp_path: Path) -> 
     assert len(complete_checkpoints(tmp_path / "run")) == 1  # of step 1: the weights that step 2 fails with are no good ones
     for part in ("step 2: loss nan", "not applied", "checkpoint: none", "optim.learning_rate, now 1e+30"):
         assert part in str(caught.value)
-    assert saved.name == "step-000001"
     assert len(losses(tmp_path / "run")) == 1
 
 
