@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from glassgpt.config.evaluate import Evaluate as Evaluate
     from glassgpt.config.generate import Generate as Generate
     from glassgpt.config.generate import Sampling as Sampling
+    from glassgpt.config.hub import Download as Download
+    from glassgpt.config.hub import Export as Export
+    from glassgpt.config.info import Info as Info
     from glassgpt.generation import complete as complete
     from glassgpt.generation import generate as generate
+    from glassgpt.interpret.info import info as info
     from glassgpt.loading import download as download
     from glassgpt.loading import export as export
     from glassgpt.loading import load as load
@@ -33,6 +37,10 @@ _HOME = {
     "UserError": "config",
     "preset": "config",
     "Evaluate": "config.evaluate",
+    "Download": "config.hub",
+    "Export": "config.hub",
+    "Info": "config.info",
+    "info": "interpret.info",
     "Generate": "config.generate",
     "Sampling": "config.generate",
     "complete": "generation",

@@ -11,7 +11,7 @@ from torch import Tensor
 from glassgpt.config import UserError
 from glassgpt.config.generate import Sampling
 from glassgpt.generation.cache import KVCache, as_batch
-from glassgpt.generation.sampling import distribution, draw, penalised
+from glassgpt.generation.sampling import choose, penalised
 from glassgpt.model import GPT
 
 
@@ -76,7 +76,7 @@ def stream(
         if logits.isnan().any():
             raise UserError("the model's logits are not numbers (NaN): its weights are damaged, or its training had diverged")
         wanted = penalised(logits, sampling, history.seen, history.written) if history else logits
-        drawn = draw(distribution(wanted, sampling), [generators[row] for row in rows])  # (B,)
+        drawn = choose(wanted, sampling, [generators[row] for row in rows])  # (B,)
         step += 1
         tokens = _tokens(rows, drawn, logits.log_softmax(-1), n_top)
         yield from tokens

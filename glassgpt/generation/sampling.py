@@ -48,6 +48,13 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
+def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """The next token (B,) of each row. Temperature 0 needs no distribution: it is the exact argmax."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return draw(distribution(logits, sampling), generators)
+
+
 def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
     """One token (B,) per row, by inverting the cumulative distribution at the row's own random number.
 
