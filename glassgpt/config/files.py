@@ -32,8 +32,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
     if target.exists():
         raise UserError(f"{target} exists already and is never overwritten; choose another name or move it away")
     aside = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    for left in target.parent.glob(f".tmp-{target.name}-*"):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    _remove_left_over(target)
     try:
         aside.mkdir(parents=True)
         yield aside
@@ -46,6 +45,24 @@ def complete_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {target}: {reason}; nothing that was there before has changed") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_left_over(target: Path) -> None:
+    """Delete the hidden folders of processes that were killed while they wrote `target`."""
+    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+        stem, _, writer = path.name.rpartition("-")
+        if stem == f".tmp-{target.name}" and writer.isdigit() and not _is_alive(int(writer)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def fsync(path: Path) -> None:

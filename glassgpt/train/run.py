@@ -21,7 +21,9 @@ class Log:
     def __init__(self, run: Path, step: int) -> None:
         path = run / LOG_FILE
         kept = [entry for entry in read_log(run) if entry["step"] <= step]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        aside = path.with_suffix(".tmp")  # a crash must not leave half a log
+        aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        aside.replace(path)
         self._file = path.open("a")
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ from transformers import (
 
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.generate import Sampling
-from glassgpt.generation import distribution, draw, engine, stream
+from glassgpt.generation import distribution, draw, stream
+from glassgpt.generation import sampling as sampling_module
 from glassgpt.generation.sampling import entropy, penalised
 
 INF = math.inf
@@ -366,5 +367,5 @@ def test_draws_of_neighbouring_seeds_follow_it_too() -> None:
 @pytest.mark.parametrize("wrong", [wrong_without_crossing, wrong_order, wrong_not_renormalised])
 def test_a_wrong_top_p_is_noticed(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor, Sampling], Tensor]) -> None:
     """The test above can fail: with each of these in the engine's place for `distribution` the p-value is nil."""
-    monkeypatch.setattr(engine, "distribution", wrong)
+    monkeypatch.setattr(sampling_module, "distribution", wrong)
     assert fit(*first_tokens(SETTINGS[1], one_generator())) < 1e-6
