@@ -85,7 +85,9 @@ def chart(model: GPT, tokenizer: Tokenizer, prompt: str, temperatures: Sequence[
         axes.set_yticks(range(count), [repr(token) for token in tokens])
         axes.set(title=f"temperature {temperature:g}", xlim=(0, 1), xlabel="probability")
         for place, height in enumerate(heights):
-            axes.text(min(height + 0.015, 0.86), place, f"{height:.3f}", va="center", fontsize=8)
+            inside = height > 0.85
+            where, color = (height - 0.12, "white") if inside else (height + 0.015, "black")
+            axes.text(where, place, f"{height:.3f}", va="center", fontsize=8, color=color)
     panels[0].invert_yaxis()
     figure.suptitle(f"What comes after “…{prompt[-60:]}”", fontsize=11)
     figure.savefig(path, dpi=120)
