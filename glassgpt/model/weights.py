@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from glassgpt.config import ModelConfig, UserError
+from glassgpt.config.errors import first_line
 from glassgpt.config.files import from_plain
 from glassgpt.model.gpt import GPT
 
@@ -57,8 +58,7 @@ def read_config(folder: Path) -> ModelConfig:
 def load(folder: Path) -> GPT:
     """Read one of our folders. Raises UserError naming every tensor that is missing, unexpected or of a wrong shape."""
     config = read_config(folder)
-    names = {name: Stored(name) for name in _parameter_shapes(config)}
-    return _fill(config, _read_tensors(folder, [WEIGHTS_FILE]), names, folder)
+    return _fill(config, _read_tensors(folder, [WEIGHTS_FILE]), _own_names(config), folder)
 
 
 # ---------------------------------------------------------------------- Hugging Face folders
@@ -190,7 +190,7 @@ def _hf_names(config: ModelConfig) -> dict[str, Stored]:
         for ours, theirs in _NORM.items():
             for kind in ("weight", "bias"):
                 names[f"blocks.{layer}.{ours}.{kind}"] = Stored(f"h.{layer}.{theirs}.{kind}")
-    return {name: names[name] for name in _parameter_shapes(config)}
+    return {name: names[name] for name in _own_names(config)}
 
 
 # ---------------------------------------------------------------------- shared by both
@@ -205,22 +205,24 @@ def stored_dtypes(config: ModelConfig, folder: Path, is_hf: bool) -> dict[str, s
     for path in _weights_files(folder, HF_WEIGHTS_FILES if is_hf else [WEIGHTS_FILE]):
         if path.suffix == ".safetensors":
             found |= _read_dtypes(path)
-    theirs = _hf_names(config) if is_hf else {name: Stored(name) for name in _parameter_shapes(config)}
+    theirs = _hf_names(config) if is_hf else _own_names(config)
     return {ours: _DTYPES.get(found[name.name], found[name.name]) for ours, name in theirs.items() if name.name in found}
 
 
-def _parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter once, by our names; nothing is allocated."""
+def _own_names(config: ModelConfig) -> dict[str, Stored]:
+    """Every parameter once, stored under our own name; nothing is allocated."""
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+        return {name: Stored(name) for name, _ in GPT(config).named_parameters()}
 
 
 def _fill(config: ModelConfig, tensors: dict[str, Tensor], names: dict[str, Stored], folder: Path) -> GPT:
     """A model whose parameters are `tensors`, after checking every name and shape."""
+    with torch.device("meta"):
+        model = GPT(config)
     problems, state = [], {}
-    for ours, shape in _parameter_shapes(config).items():
+    for ours, parameter in model.named_parameters():
         stored = names[ours]
-        expected = tuple(reversed(shape)) if stored.transposed else tuple(shape)
+        expected = tuple(reversed(parameter.shape)) if stored.transposed else tuple(parameter.shape)
         tensor = tensors.pop(stored.name, None)
         if tensor is None:
             problems.append(f"{stored.name}: missing, expected shape {expected}")
@@ -233,8 +235,6 @@ def _fill(config: ModelConfig, tensors: dict[str, Tensor], names: dict[str, Stor
     problems += [f"{name}: unexpected, shape {tuple(tensor.shape)}" for name, tensor in tensors.items()]
     if problems:
         raise UserError(f"{folder}: the weights do not fit the configuration:\n  " + "\n  ".join(problems))
-    with torch.device("meta"):
-        model = GPT(config)
     if config.tied_head:
         state["head.weight"] = state["token_embedding.weight"]
     model.load_state_dict(state, assign=True)
@@ -292,8 +292,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return UserError(f"{path}: truncated or not a weights file ({reason}); download or copy it again")
+    return UserError(f"{path}: truncated or not a weights file ({first_line(error)}); download or copy it again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
