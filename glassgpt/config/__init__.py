@@ -2,7 +2,7 @@
 
 from glassgpt.config.errors import UserError, nearest
 from glassgpt.config.model import PRESET_NOTES, PRESETS, ModelConfig, preset
-from glassgpt.config.pretrain import DataConfig, OptimConfig, Pretrain
+from glassgpt.config.pretrain import DataConfig, OptimConfig, ParallelConfig, Pretrain
 
 __all__ = [
     "PRESETS",
@@ -10,6 +10,7 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "Pretrain",
     "UserError",
     "nearest",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from glassgpt.config import UserError
-from glassgpt.config.files import complete_folder
 from glassgpt.text import Tokenizer
 
 FORMAT = 1
 FEW_DOCUMENTS = 40
 SPLITS = ("train", "val")
+SHARD_TOKENS = 50_000_000
+DOCUMENTS_AT_ONCE = 256
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -34,71 +37,112 @@ class Shards:
     def count(self, split: str) -> int:
         return sum(shard["tokens"] for shard in self.manifest["splits"][split])
 
+    def files(self) -> list[Path]:
+        return [self.folder / MANIFEST, *(self.folder / shard["file"] for split in SPLITS for shard in self.manifest["splits"][split])]
 
-def hold_out(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]:
-    """Part documents into (training, validation).
+
+def hold_out(documents: Iterable[str], share: float) -> Iterator[tuple[str, str]]:
+    """(`train` or `val`, text) of every document, in one pass.
 
     A document's own hash decides, so adding documents moves none of the old ones and order does not matter. With
     fewer than 40 documents the end of each one is held out instead.
     """
-    if len(documents) < FEW_DOCUMENTS:
-        cuts = [(text, len(text) - max(1, round(len(text) * share))) for text in documents]
-        return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
-    parts: tuple[list[str], list[str]] = ([], [])
-    for text in documents:
-        draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        parts[draw < share].append(text)
-    if not parts[1]:  # a few dozen documents can all draw high
-        parts[1].append(parts[0].pop())
-    return parts
+    rest = iter(documents)
+    first = list(itertools.islice(rest, FEW_DOCUMENTS))
+    if len(first) < FEW_DOCUMENTS:
+        for text in first:
+            cut = len(text) - max(1, round(len(text) * share))
+            yield "train", text[:cut]
+            yield "val", text[cut:]
+        return
+    last, any_held_out = None, False
+    for text in itertools.chain(first, rest):
+        if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 < share:
+            any_held_out = True
+            yield "val", text
+            continue
+        if last is not None:
+            yield "train", last
+        last = text
+    if last is not None:
+        yield "train" if any_held_out else "val", last  # a few dozen documents can all draw high
 
 
 def write(
     folder: Path,
-    documents: Sequence[str],
+    documents: Iterable[str],
     tokenizer: Tokenizer,
     holdout_share: float,
-    shard_tokens: int = 50_000_000,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> Shards:
-    """Tokenise documents into `folder`; the end-of-text id follows each one. The folder appears complete or not at all.
+    """Tokenise documents into a new folder in one pass; the end-of-text id follows each one. Memory: a shard a split.
 
-    Raises UserError for an empty corpus, a tokenizer without end-of-text token, a full disk.
+    Raises UserError for an empty corpus, a tokenizer without end-of-text token. `glassgpt.config.files.complete_folder`
+    around it makes the folder appear complete or not at all.
     """
     if tokenizer.end_id is None:
         raise UserError("the tokenizer has no <|endoftext|> token, which parts documents; use one that has, or train one")
-    if not documents:
-        raise UserError("the corpus is empty: no source holds any text")
+    folder.mkdir(parents=True)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    splits = {split: _Split(folder, split, dtype, shard_tokens) for split in SPLITS}
+    parted = hold_out(documents, holdout_share)
+    while some := list(itertools.islice(parted, DOCUMENTS_AT_ONCE)):
+        for (split, text), ids in zip(some, tokenizer.encode_batch([text for _, text in some]), strict=True):
+            splits[split].add(np.array([*ids, tokenizer.end_id], dtype=dtype), len(text.encode()))
+    if not splits["train"].documents:
+        raise UserError("the corpus is empty: no source holds any text")
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
-        "splits": {},
+        "splits": {name: split.close() for name, split in splits.items()},
     }
-    with complete_folder(folder) as aside:
-        for split, texts in zip(SPLITS, hold_out(documents, holdout_share), strict=True):
-            parts = []
-            for start in range(0, len(texts), 256):  # bounded memory: 256 documents' encodings at a time
-                encoded = tokenizer.encode_batch(texts[start : start + 256])
-                parts += [np.array([*ids, tokenizer.end_id], dtype=dtype) for ids in encoded]
-            ids = np.concatenate(parts) if parts else np.zeros(0, dtype)
-            manifest["splits"][split] = []
-            for number, first in enumerate(range(0, len(ids), shard_tokens)):
-                name = f"{split}-{number:05d}.npy"
-                piece = ids[first : first + shard_tokens]
-                np.save(aside / name, piece)
-                manifest["splits"][split].append({"file": name, "tokens": len(piece), "sha256": _sha256(aside / name)})
-            manifest[f"{split}_documents"] = len(texts)
-            manifest[f"{split}_bytes"] = sum(len(text.encode()) for text in texts)
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for name, written in splits.items():
+        manifest[f"{name}_documents"] = written.documents
+        manifest[f"{name}_bytes"] = written.bytes
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return Shards(folder, manifest)
+
+
+class _Split:
+    """The shards of one split while they are written."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self.documents = self.bytes = 0
+        self._folder, self._name, self._dtype, self._limit = folder, name, dtype, shard_tokens
+        self._waiting: list[np.ndarray] = []
+        self._tokens = 0
+        self._files: list[dict[str, Any]] = []
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        self.documents += 1
+        self.bytes += text_bytes
+        while self._tokens + len(ids) > self._limit:
+            fits = self._limit - self._tokens
+            self._waiting.append(ids[:fits])
+            ids = ids[fits:]
+            self._flush()
+        self._waiting.append(ids)
+        self._tokens += len(ids)
+
+    def close(self) -> list[dict[str, Any]]:
+        if self._tokens:
+            self._flush()
+        return self._files
+
+    def _flush(self) -> None:
+        path = self._folder / f"{self._name}-{len(self._files):05d}.npy"
+        ids = np.concatenate(self._waiting) if self._waiting else np.zeros(0, self._dtype)
+        np.save(path, ids)
+        self._files.append({"file": path.name, "tokens": len(ids), "sha256": _sha256(path)})
+        self._waiting, self._tokens = [], 0
 
 
 def read(folder: Path, tokenizer: Tokenizer) -> Shards:
     """Open shards. Raises UserError when they are incomplete, changed, or made by another tokenizer."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no readable manifest.json, so these are not complete shards ({error})") from error
     if manifest.get("format") != FORMAT:

@@ -21,7 +21,7 @@ from glassgpt.lab import temperature
 from glassgpt.loading import find_config, load
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
-from glassgpt.train.loss import token_loss
+from glassgpt.train.loss import Scored
 from glassgpt.train.pretrain import pretrain
 from glassgpt.train.run import read_log
 
@@ -177,11 +177,11 @@ def _train(console: Console, run: Path, config: Demo) -> None:
 
 def _seconds_a_step(config: Pretrain) -> float:
     """Time a few steps of the same shape on random ids, so that the training takes the time it was given."""
-    model = GPT(config.model)
+    scored = Scored(GPT(config.model))
     ids = torch.randint(config.model.vocab_size, (config.batch_size, config.model.context_tokens))
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        token_loss(model(ids), ids).sum.backward()
+        scored(ids, ids).backward()
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[len(seconds) // 2] * 1.15  # clipping, optimiser and log on top

@@ -72,11 +72,14 @@ class GPT(nn.Module):
         if self.config.tied_head:
             self.head.weight = self.token_embedding.weight
 
-    def hidden(self, ids: Tensor, cache: LayerCache | None = None, pad: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, cache: LayerCache | None = None, pad: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """Token ids (B, T) to the final-norm output (B, T, D).
 
         `cache` holds the positions before these; `pad` (B,) counts left-padding positions per row, from position 0.
-        Raises UserError when the sequence is longer than the context.
+        `segments` (B, T), without a cache, numbers the documents that share a row, in order: each is computed as if it
+        stood alone. Raises UserError when the sequence is longer than the context.
         """
         T = ids.size(1)
         start = cache.length if cache is not None else 0
@@ -87,7 +90,11 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + T, device=ids.device)  # (T,)
         if pad is not None:
             positions = (positions - pad.view(-1, 1)).clamp(min=0)  # (B, T)
-        seen = visible(T, start + T, pad, ids.device)
+        if segments is not None:
+            first = torch.ones_like(segments, dtype=torch.bool)
+            first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            positions = positions - (positions * first).cummax(dim=1).values  # (B, T): each document counts from 0
+        seen = visible(T, start + T, pad, segments, ids.device)
         x = self.drop(self.token_embedding(ids) + self.position_embedding(positions))  # (B, T, D)
         for block in self.blocks:
             x = block(x, seen, cache)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from glassgpt.model.gpt import GPT
 
 CONFIG_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
+SHARDED = "sharded"  # folder of the parts that several processes have written
 HF_CONFIG_FILE = "config.json"
 HF_WEIGHTS_FILES = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -39,10 +40,21 @@ class Stored(NamedTuple):
 # ---------------------------------------------------------------------- our folders
 
 
-def save(model: GPT, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write `model.json` and `model.safetensors` into an existing folder, weights in `dtype` (default: as they are)."""
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
-    safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+def save(
+    model: GPT, folder: Path, dtype: torch.dtype | None = None, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write `model.json` and `model.safetensors` into an existing folder, weights in `dtype` (default: as they are).
+
+    `tensors` are written in place of the model's own parameters, where those are spread over several processes.
+    """
+    named = dict(model.named_parameters()) if tensors is None else tensors
+    plain = {name: p.detach().to("cpu", dtype).contiguous() for name, p in named.items()}
+    safetensors.torch.save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_config(model, folder)
+
+
+def save_config(model: GPT, folder: Path) -> None:
+    """Write `model.json`."""
     (folder / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(model.config), indent=1) + "\n")
 
 
@@ -58,7 +70,30 @@ def read_config(folder: Path) -> ModelConfig:
 def load(folder: Path) -> GPT:
     """Read one of our folders. Raises UserError naming every tensor that is missing, unexpected or of a wrong shape."""
     config = read_config(folder)
-    return _fill(config, _read_tensors(folder, [WEIGHTS_FILE]), _own_names(config), folder)
+    tensors = _read_sharded(config, folder) if (folder / SHARDED).is_dir() else _read_tensors(folder, [WEIGHTS_FILE])
+    return _fill(config, tensors, _own_names(config), folder)
+
+
+def _read_sharded(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
+    """The parameters that several processes have written, each its part."""
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with torch.device("meta"):
+        shapes = dict(GPT(config).named_parameters())
+    tensors = {name: torch.empty(p.shape, dtype=torch.float32) for name, p in shapes.items()}
+    try:
+        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        load(named, storage_reader=sharded_reader(folder), no_dist=True)
+    except Exception as error:  # the library raises many kinds for a damaged or missing part
+        raise _damaged(folder / SHARDED, error) from error
+    return tensors
+
+
+def sharded_reader(folder: Path) -> Any:
+    """Reads the parts as safetensors; the library's own default would unpickle."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    return HuggingFaceStorageReader(str(folder / SHARDED))
 
 
 # ---------------------------------------------------------------------- Hugging Face folders

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from glassgpt.config import UserError
@@ -15,44 +19,130 @@ from glassgpt.config.files import complete_folder
 from glassgpt.loading import COMPLETE_FILE, complete_checkpoints
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
-from glassgpt.train import optim
+from glassgpt.train import optim, parallel
+from glassgpt.train.parallel import Ranks
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of the tensors' names in a sharded checkpoint
 
 
-def save(run: Path, step: int, model: GPT, optimizers: list[Optimizer], tokenizer: Tokenizer, facts: dict[str, Any]) -> Path:
+def save(
+    run: Path,
+    step: int,
+    model: GPT,
+    optimizers: list[Optimizer],
+    tokenizer: Tokenizer,
+    facts: dict[str, Any],
+    ranks: Ranks,
+    *,
+    sharded: bool = False,
+) -> Path:
     """Write `run/checkpoints/step-NNNNNN`: the plain model, its tokenizer, the optimisers and, last, what must be there.
 
     `step` counts finished optimiser steps. Random state needs no saving: data order and dropout follow from the step.
+    Every rank calls it. Rank 0 writes; with `sharded` each rank writes its own part, and nothing is gathered.
     """
     target = run / "checkpoints" / f"step-{step:06d}"
-    if target.exists() and target not in complete_checkpoints(run):
-        shutil.rmtree(target)  # a damaged one or half a copy, which resuming has passed over
-    with complete_folder(target) as aside:
-        weights.save(model, aside)
-        tokenizer.save(aside)
-        safetensors.torch.save_file(optim.state(model, optimizers), aside / OPTIMIZER_FILE)
-        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-        (aside / COMPLETE_FILE).write_text(json.dumps({"step": step, "files": sizes, **facts}, indent=1))
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    state = optim.state(model, optimizers)
+    if not sharded:
+        own = {name: parallel.whole(tensor) for name, tensor in own.items()}
+        state = {name: parallel.whole(tensor) for name, tensor in state.items()}
+
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> Path:
+            if target.exists() and target not in complete_checkpoints(run):
+                shutil.rmtree(target)  # a damaged one or half a copy, which resuming has passed over
+            return stack.enter_context(complete_folder(target))
+
+        def finish() -> None:
+            if sharded:
+                weights.save_config(model, aside)
+            else:
+                weights.save(model, aside, tensors=own)
+                safetensors.torch.save_file({name: t.cpu() for name, t in state.items()}, aside / OPTIMIZER_FILE)
+            tokenizer.save(aside)
+            sizes = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
+            (aside / COMPLETE_FILE).write_text(json.dumps({"step": step, "files": sizes, **facts}, indent=1))
+            stack.close()  # every file on the disk, then the folder's name
+
+        aside = ranks.first(begin)
+        if sharded:
+            _write_parts(aside, own, state)
+        ranks.first(finish)
     return target
 
 
+def _write_parts(folder: Path, own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    tensors = {f"{MODEL}{name}": tensor for name, tensor in own.items()}
+    tensors |= {f"{OPTIMIZER}{name}": _at_least_1d(tensor) for name, tensor in state.items()}
+    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / weights.SHARDED), save_distributed=True))
+
+
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and what interrupted saves have left."""
-    for folder in complete_checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
+    """Delete all but the newest `keep` complete checkpoints and the best one, and what interrupted saves have left."""
+    complete = complete_checkpoints(run)
+    kept = {*complete[-keep:], *([found] if (found := best(complete)) else [])}
+    for folder in complete:
+        if folder not in kept:
+            shutil.rmtree(folder)
     for folder in (run / "checkpoints").glob(".tmp-step-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def best(complete: list[Path]) -> Path | None:
+    """The checkpoint with the lowest held-out loss, None when none has been measured."""
+    losses = {folder: json.loads((folder / COMPLETE_FILE).read_text()).get("val_loss", math.inf) for folder in complete}
+    found = min(losses, key=lambda folder: losses[folder], default=None)
+    return found if found is not None and losses[found] < math.inf else None
+
+
 def restore(folder: Path, model: GPT, optimizers: list[Optimizer]) -> int:
-    """Load weights and optimisers in place; returns the number of finished steps."""
+    """Load weights and optimisers in place, whole or sharded, whatever they were saved as; returns the finished steps."""
     try:
         step = int(json.loads((folder / COMPLETE_FILE).read_text())["step"])
-        model.load_state_dict(weights.load(folder).state_dict())
-        optim.set_state(model, optimizers, safetensors.torch.load_file(folder / OPTIMIZER_FILE))
+        if (folder / weights.SHARDED).is_dir():
+            _read_parts(folder, model, optimizers)
+        else:
+            put(model, weights.load(folder))
+            optim.set_state(model, optimizers, safetensors.torch.load_file(folder / OPTIMIZER_FILE))
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{folder}: cannot restore this checkpoint ({error}); delete it to continue from the one before"
         ) from error
     return step
+
+
+@torch.no_grad()
+def put(model: GPT, source: GPT) -> None:
+    """Copy a plain model's weights into one of the same shape that may be sharded."""
+    held = dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parallel.like(held[name], parameter.data))
+
+
+def _read_parts(folder: Path, model: GPT, optimizers: list[Optimizer]) -> None:
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = weights.sharded_reader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {f"{MODEL}{name}": p.detach() for name, p in parameters.items()}
+    state = {}
+    for key in (key for key in stored if key.startswith(OPTIMIZER)):
+        name = key.removeprefix(OPTIMIZER)
+        like = parameters[name.rpartition(":")[0]].detach()
+        is_single = stored[key].size != like.shape  # AdamW's count of steps
+        state[name] = tensors[key] = torch.zeros(stored[key].size) if is_single else torch.zeros_like(like)
+    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    optim.set_state(model, optimizers, {n: t.reshape(()) if n.endswith(":step") else t for n, t in state.items()})
+
+
+def _at_least_1d(tensor: Tensor) -> Tensor:
+    """The format has no place for a tensor without dimensions."""
+    return tensor if tensor.ndim else tensor.reshape(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,33 +18,49 @@ from glassgpt.config.evaluate import Evaluate
 from glassgpt.data import Batch
 from glassgpt.loading import load, pick_device
 from glassgpt.train import machine
-from glassgpt.train.loss import IGNORE, token_loss
+from glassgpt.train.loss import IGNORE, Scored
+from glassgpt.train.parallel import Ranks
 
 
 @torch.no_grad()
 def measure(
-    model: nn.Module,
+    scored: nn.Module,
     batches: Iterable[Batch],
     byte_lengths: Tensor,
     low_precision: contextlib.AbstractContextManager[object],
+    ranks: Ranks,
 ) -> dict[str, float]:
     """Loss in nats per token, and bits per byte: nats / ln 2 / the bytes that the predicted tokens stand for.
 
-    `byte_lengths` (V,) holds the bytes behind each id. Bits per byte compares models with different tokenizers.
+    `scored(ids, targets, segments)` sums nats, as `Scored` does. `byte_lengths` (V,) holds the bytes behind each id. Bits per
+    byte compares models with different tokenizers. Every rank takes its share of the batches and gets the whole result.
     """
-    was_training = model.training
-    model.eval()
+    was_training = scored.training
+    scored.eval()
     nats = tokens = text_bytes = 0.0
-    for batch in batches:
-        targets = batch.targets.to(byte_lengths.device)
+    for group in _groups(batches, ranks.data_world):
+        batch = group[ranks.data_rank] if ranks.data_rank < len(group) else _without_targets(group[0])
+        ids, targets = batch.ids.to(ranks.device), batch.targets.to(ranks.device)
+        segments = None if batch.segments is None else batch.segments.to(ranks.device)
         with low_precision:
-            logits = model(batch.ids.to(byte_lengths.device))
-        loss = token_loss(logits, targets)
-        nats += loss.sum.item()
-        tokens += loss.count.item()
-        text_bytes += byte_lengths[targets[targets != IGNORE]].sum().item()
-    model.train(was_training)
+            nats += scored(ids, targets, segments).item()
+        supervised = targets[targets != IGNORE]
+        tokens += supervised.numel()
+        text_bytes += byte_lengths[supervised].sum().item()
+    scored.train(was_training)
+    nats, tokens, text_bytes = ranks.total([nats, tokens, text_bytes])
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1.0, text_bytes), "tokens": tokens}
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    rest = iter(batches)
+    while group := list(itertools.islice(rest, size)):
+        yield group
+
+
+def _without_targets(batch: Batch) -> Batch:
+    """For a rank with nothing left to measure, which must still take part in every forward pass."""
+    return Batch(batch.ids, torch.full_like(batch.targets, IGNORE), batch.segments)
 
 
 def windows(ids: np.ndarray, context_tokens: int, stride_tokens: int, batch_size: int) -> Iterator[Batch]:
@@ -82,11 +99,19 @@ def evaluate(config: Evaluate) -> dict[str, float]:
         raise UserError(f"stride_tokens is {stride} and the context {context}: tokens would be left out; use at most {context}")
     documents = list(data.documents(config.sources))
     if config.holdout_share < 1:
-        _, documents = data.shards.hold_out(documents, config.holdout_share)
+        documents = [text for split, text in data.shards.hold_out(documents, config.holdout_share) if split == "val"]
     ids = _joined(tokenizer.encode_batch(documents), tokenizer.end_id)
     byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=device)
-    low_precision = machine.autocast(device, config.precision, model.config.width)
-    found = measure(model, windows(ids, context, stride, config.batch_size), byte_lengths, low_precision)
+    precision: str = config.precision
+    if precision == "auto":
+        precision, _ = machine.faster_precision(model.config, config.batch_size, device)
+    found = measure(
+        Scored(model),
+        windows(ids, context, stride, config.batch_size),
+        byte_lengths,
+        machine.autocast(device, precision),
+        Ranks(device),
+    )
     found["perplexity"] = math.exp(found["loss"])
     if config.json:
         print(json.dumps({"model": config.model, "documents": len(documents), "stride_tokens": stride, **found}))

@@ -1,15 +1,26 @@
-"""What this machine offers a training run: arithmetic and allocator."""
+"""What this machine offers a training run: arithmetic, compiler, allocator, and how much of it is used."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import resource
 import sys
+import time
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 
-SMALLEST_BF16_WIDTH = 256
-"""Below this width casting costs more than bfloat16 products save (measured: docs/log.md)."""
+from glassgpt.config import ModelConfig
+from glassgpt.model import Block, blocked, fused, use_attention
+
+Precision = Literal["fp32", "bf16"]
+COMPILE_SECONDS = 15.0
+"""Wait for compiled blocks on two CPU cores (measured: 8 to 15 s)."""
+COMPILE_GAIN = 0.07
+"""Share of a step that they save (measured: 5 to 10 %)."""
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -19,12 +30,81 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def autocast(device: torch.device, precision: str, width: int) -> contextlib.AbstractContextManager[object]:
-    """The forward pass's arithmetic: bfloat16 products where asked for, or where `auto` finds them faster."""
-    fast = multiplies_bf16(device) and (width >= SMALLEST_BF16_WIDTH or device.type == "cuda")
-    if precision == "bf16" or (precision == "auto" and fast):
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """The forward pass's arithmetic for `fp32` or `bf16`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def attend_by(device: torch.device) -> Callable[..., torch.Tensor]:
+    """The attention that trains fastest on a device."""
+    return blocked if device.type == "cpu" else fused
+
+
+def faster_precision(config: ModelConfig, batch_size: int, device: torch.device) -> tuple[Precision, float]:
+    """`fp32` or `bf16`, whichever computes a block and its gradient in less time here, and those seconds.
+
+    One block is timed because all are alike. Where bfloat16 is not multiplied in hardware it is not tried.
+    """
+    tried: tuple[Precision, ...] = ("fp32", "bf16") if multiplies_bf16(device) else ("fp32",)
+    times = {precision: _block_seconds(config, batch_size, device, precision) for precision in tried}
+    best = min(times, key=lambda precision: times[precision])
+    return best, times[best]
+
+
+def _block_seconds(config: ModelConfig, batch_size: int, device: torch.device, precision: str) -> float:
+    with torch.random.fork_rng():
+        block = Block(config, layer=0).to(device)
+        x = torch.randn(batch_size, config.context_tokens, config.width, device=device, requires_grad=True)
+    use_attention(block, attend_by(device))
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with autocast(device, precision):
+            y = block(x)
+        y.sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def pays_to_compile(block_seconds: float, config: ModelConfig, micro_batches: int, device: torch.device) -> bool:
+    """Whether compiling wins back its own wait over a run of so many micro-batches, by what it was measured to save."""
+    run_seconds = 1.3 * block_seconds * config.n_layer * micro_batches  # a third more for embedding, head and optimiser
+    return run_seconds * COMPILE_GAIN > 2 * COMPILE_SECONDS and has_compiler(device)
+
+
+def flops_per_token(config: ModelConfig, context_tokens: int) -> int:
+    """Floating-point operations of training on one token: 6 a matrix entry, 12 * L * T * D for attention.
+
+    The usual count (Chowdhery et al. 2022, appendix B): both passes, attention as if it were not causal, no recomputation.
+    """
+    D, L = config.width, config.n_layer
+    matrices = L * (4 * D * D + 2 * D * config.hidden_width) + config.vocab_size * D
+    return 6 * matrices + 12 * L * context_tokens * D
+
+
+@functools.cache
+def peak_flops(device: torch.device, precision: str) -> float:
+    """The rate of this machine's matrix product, FLOP/s, measured: the best of a few products of 1024 x 1024 (8192 on a GPU)."""
+    size = 1024 if device.type == "cpu" else 8192
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def keep_freed_memory() -> None:
@@ -40,3 +120,17 @@ def keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether `torch.compile` can work: on a CPU it needs a C++ compiler, on a GPU Triton."""
+    try:
+        if device.type == "cpu":
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            return bool(get_cpp_compiler())
+        from torch.utils._triton import has_triton
+
+        return has_triton()
+    except Exception:  # whatever the search for one raises, there is none
+        return False

@@ -6,10 +6,12 @@ import math
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from glassgpt.config import OptimConfig
 from glassgpt.model import GPT
+from glassgpt.train import parallel
+from glassgpt.train.muon import Muon
 
 
 def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
@@ -22,31 +24,44 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
     """
     named = dict(model.named_parameters())
     hidden = {name for name, p in named.items() if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
-    decayed = [p for name, p in named.items() if p.ndim >= 2 and name not in hidden]
+    embeddings = [p for name, p in named.items() if not name.startswith("blocks.") and p.ndim >= 2]
+    matrices = [p for name, p in named.items() if name.startswith("blocks.") and p.ndim >= 2 and name not in hidden]
     plain = [p for p in named.values() if p.ndim < 2]
-    fused = all(p.device.type in ("cpu", "cuda") for p in named.values())
+    kinds = {(type(p), p.device.type) for p in named.values()}
+    groups = [
+        {"params": embeddings, "weight_decay": config.weight_decay, "rate": config.embedding_rate},
+        {"params": matrices, "weight_decay": config.weight_decay, "rate": 1.0},
+        {"params": plain, "weight_decay": 0.0, "rate": 1.0},
+    ]
+    one_kind = len({kind for kind, _ in kinds}) == 1  # tensor parallelism leaves some parameters sharded, some not
+    fused = one_kind and all(device in ("cpu", "cuda") for _, device in kinds)
     adamw = AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         fused=fused,
+        foreach=False,
     )
     if not hidden:
         return [adamw]
+    stacked = {named[name] for name in hidden if name.endswith("attn.qkv.weight")}
     muon = Muon(
         [named[name] for name in sorted(hidden)],
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
+        momentum=config.momentum,
+        parts=lambda parameter: 3 if parameter in stacked else 1,
     )
     return [adamw, muon]
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
-    """Rate of `step` (0-based): linear warm-up, then cosine or linear fall to `final_share` of the peak at the last step."""
+    """Rate of `step` (0-based): linear warm-up, a stable part, then cosine or linear fall to `final_share` of the peak at the
+    last step."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, max_steps - 1 - config.warmup_steps)
+    falling = config.warmup_steps + config.stable_share * (max_steps - 1 - config.warmup_steps)
+    done = max(0.0, (step - falling) / max(1, max_steps - 1 - falling))
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.learning_rate * (config.final_share + (1 - config.final_share) * left)
 
@@ -54,13 +69,19 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
 def set_rate(optimizers: list[Optimizer], rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
 
 
 def clip(model: nn.Module, largest_norm: float) -> float:
     """Scale all gradients so that their global L2 norm is at most `largest_norm` (0: leave them); returns the norm before."""
-    limit = largest_norm or math.inf
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # a norm for each kind, as sharded and plain tensors do not mix; each is already over all ranks
+    kinds = {kind: [g for g in gradients if type(g) is kind] for kind in {type(g) for g in gradients}}
+    norm = math.hypot(*(float(parallel.whole(torch.nn.utils.get_total_norm(some))) for some in kinds.values()))
+    if 0 < largest_norm < norm and math.isfinite(norm):
+        for gradient in gradients:
+            gradient.mul_(largest_norm / (norm + 1e-6))
+    return norm
 
 
 def state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
@@ -75,10 +96,11 @@ def state(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tens
 
 
 def set_state(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `state` gave."""
+    """Put back what `state` gave, whole or sharded."""
     parameters = dict(model.named_parameters())
     owner = {parameter: o for o in optimizers for group in o.param_groups for parameter in group["params"]}
     for name, tensor in tensors.items():
         parameter_name, key = name.rsplit(":", 1)
         parameter = parameters[parameter_name]
-        owner[parameter].state[parameter][key] = tensor.to(parameter.device)
+        same_kind = tensor.ndim == 0 or type(tensor) is type(parameter.data)
+        owner[parameter].state[parameter][key] = tensor.to(parameter.device) if same_kind else parallel.like(tensor, parameter.data)

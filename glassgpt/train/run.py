@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import rich.progress
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from glassgpt.config import UserError
 
 LOG_FILE = "log.jsonl"
 PLAIN_LINE_SECONDS = 10.0
@@ -18,9 +24,12 @@ PLAIN_LINE_SECONDS = 10.0
 class Log:
     """One JSON object a line, flushed as written. Entries after `step` (from before a crash) are dropped on opening."""
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, *, writes: bool = True) -> None:
         path = run / LOG_FILE
-        kept = [entry for entry in read_log(run) if entry["step"] <= step]
+        self.before = kept = [entry for entry in read_log(run) if entry["step"] <= step]
+        self._file: TextIO = io.StringIO()
+        if not writes:  # a rank that only reads
+            return
         aside = path.with_suffix(".tmp")  # a crash must not leave half a log
         aside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         aside.replace(path)
@@ -47,46 +56,154 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A live line (step, loss, tokens/s, time left) on a terminal; elsewhere a plain line every ten seconds."""
+    """A live view on a terminal: step and time left, loss, speed, memory, the curve, the last sample. Elsewhere a plain line
+    every ten seconds."""
 
     def __init__(self, title: str, total_steps: int, first_step: int, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._total, self._first = total_steps, first_step
         self._start = self._last_line = time.perf_counter()
+        self._mean = Mean()
+        self._curve: list[float] = []
+        self._sample = ""
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=24),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[text]}"),
             rich.progress.TextColumn("eta"),
             rich.progress.TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
-            transient=False,
         )
-        self._task = self._bar.add_task(title, total=total_steps, completed=first_step, text="")
+        self._task = self._bar.add_task(title, total=total_steps, completed=first_step)
+        self._live = Live(self._view(""), console=self.console, refresh_per_second=4) if self.console.is_terminal else None
 
     def __enter__(self) -> Progress:
-        self._bar.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._live:
+            self._live.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, loss: float, tokens_per_second: float, mfu: float, memory_bytes: int) -> None:
         """`step` steps are done."""
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
-        self._bar.update(self._task, completed=step, text=text)
+        smoothed = self._mean.add(loss)
+        self._curve.append(smoothed)
+        text = (
+            f"loss {loss:.4f} (mean {smoothed:.4f})  {tokens_per_second:,.0f} tokens/s  MFU {mfu:.0%}  {memory_bytes / 1e9:.2f} GB"
+        )
         now = time.perf_counter()
-        if not self.console.is_terminal and (now - self._last_line >= PLAIN_LINE_SECONDS or step == self._total):
+        if self._live:
+            self._bar.update(self._task, completed=step)
+            self._live.update(self._view(text))
+        elif now - self._last_line >= PLAIN_LINE_SECONDS or step == self._total:
             self._last_line = now
             left = (now - self._start) / max(1, step - self._first) * (self._total - step)
             self.say(f"step {step}/{self._total}  {text}  eta {left / 60:.1f} min")
 
+    def _view(self, text: str) -> Group:
+        parts: list[Any] = [self._bar, Text(text)]
+        if len(self._curve) > 1:
+            parts.append(Text(f"{sparkline(self._curve)}  {self._curve[0]:.2f} -> {self._curve[-1]:.2f}", style="cyan"))
+        if self._sample:
+            parts.append(Text(self._sample, style="dim", overflow="ellipsis", no_wrap=True))
+        return Group(*parts)
+
+    def show_sample(self, step: int, text: str) -> None:
+        """Keep a sample in view; say it where there is no live view."""
+        self._sample = f"step {step}: " + " ".join(text.split())
+        if not self._live:
+            self.say(f"step {step}: {text}")
+
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the live view."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         sys.stderr.flush()
+
+    def show(self, what: Any) -> None:
+        """Print a table or another thing that Rich knows above the live view."""
+        self.console.print(what)
+
+
+class Silent(Progress):
+    """For the ranks that do not print."""
+
+    def __init__(self) -> None:
+        super().__init__("", 1, 0, Console(file=io.StringIO()))
+
+
+class Mean:
+    """Exponential mean, unbiased at the start."""
+
+    def __init__(self, decay: float = 0.95) -> None:
+        self._decay, self._sum, self._weight = decay, 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        """The mean with this value in it."""
+        self._sum = self._decay * self._sum + (1 - self._decay) * value
+        self._weight = self._decay * self._weight + (1 - self._decay)
+        return self._sum / self._weight
+
+
+def sparkline(values: Sequence[float], width: int = 48) -> str:
+    """A curve in one line of characters, eight heights."""
+    size = max(1, len(values) / width)
+    points = [values[int(n * size)] for n in range(min(width, len(values)))]
+    low, high = min(points), max(points)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in points)
+
+
+class Trackers:
+    """The log's numbers, sent to what the user named; nothing when that is empty.
+
+    TensorBoard's files lie in `run/tensorboard`. Raises UserError when a package is missing.
+    """
+
+    def __init__(self, names: Sequence[str], run: Path, config: dict[str, Any]) -> None:
+        self._send: list[Callable[[int, dict[str, float]], Any]] = []
+        self._close: list[Callable[[], Any]] = []
+        for name in names:
+            try:
+                getattr(self, f"_open_{name}")(run, config)
+            except ImportError as error:
+                raise UserError(f"the tracker {name} is not installed; pip install 'glassgpt[track]'") from error
+
+    def _open_tensorboard(self, run: Path, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run / "tensorboard"))
+
+        def send(step: int, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self._send.append(send)
+        self._close.append(writer.close)
+
+    def _open_wandb(self, run: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        opened = wandb.init(project="glassgpt", name=run.name, dir=str(run), config=config, resume="allow")
+        self._send.append(lambda step, values: opened.log(values, step=step))
+        self._close.append(opened.finish)
+
+    def _open_trackio(self, run: Path, config: dict[str, Any]) -> None:
+        import trackio
+
+        opened = trackio.init(project="glassgpt", name=run.name, config=config, resume="allow")
+        self._send.append(lambda step, values: opened.log(values, step=step))
+        self._close.append(opened.finish)
+
+    def send(self, entry: dict[str, Any]) -> None:
+        """One log entry's numbers."""
+        values = {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+        for send in self._send:
+            send(entry["step"], values)
+
+    def close(self) -> None:
+        for close in self._close:
+            close()
 
 
 def plot_loss(run: Path) -> list[Path]:
@@ -115,11 +232,6 @@ def plot_loss(run: Path) -> list[Path]:
     return paths
 
 
-def _smoothed(points: list[tuple[int, float]], decay: float = 0.95) -> list[tuple[int, float]]:
-    """Exponential mean, unbiased at the start."""
-    mean = weight = 0.0
-    out = []
-    for step, value in points:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append((step, mean / weight))
-    return out
+def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    mean = Mean()
+    return [(step, mean.add(value)) for step, value in points]

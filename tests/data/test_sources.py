@@ -86,7 +86,7 @@ def test_errors_name_the_file_and_the_place(tmp_path: Path, name: str, content: 
 def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.txt: no such file or folder"):
         read(tmp_path / "nowhere.txt")
-    with pytest.raises(UserError, match=r"no \.txt, \.md, \.jsonl file"):
+    with pytest.raises(UserError, match=r"no \.txt, \.md, \.jsonl \(also \.gz\) or \.parquet file"):
         read(tmp_path)
 
 

@@ -1,0 +1,41 @@
+"""How far a pass over documents is: a live line on a terminal, a plain line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+import rich.progress
+from rich.console import Console
+
+QUIET_SECONDS = 2.0
+"""A pass that is over sooner shows nothing."""
+LINE_SECONDS = 10.0
+
+
+def counted(documents: Iterable[str], title: str, console: Console | None = None) -> Iterator[str]:
+    """The same documents; how many there were, and how fast, is shown on stderr. How many come is not known."""
+    console = console or Console(stderr=True)
+    start = shown = time.perf_counter()
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"), rich.progress.SpinnerColumn(), console=console, transient=True
+    )
+    task = bar.add_task(title, total=None)
+    number = characters = 0
+    try:
+        for text in documents:
+            yield text
+            number += 1
+            characters += len(text)
+            now = time.perf_counter()
+            if now - start < QUIET_SECONDS or now - shown < (0.2 if console.is_terminal else LINE_SECONDS):
+                continue
+            shown = now
+            line = f"{title}: {number:,} documents, {characters / 1e6:,.1f} M characters, {characters / 1e6 / (now - start):.1f} M/s"
+            if console.is_terminal:
+                bar.start()
+                bar.update(task, description=line)
+            else:
+                console.print(line, highlight=False, soft_wrap=True)
+    finally:
+        bar.stop()
