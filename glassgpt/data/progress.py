@@ -38,4 +38,5 @@ def counted(documents: Iterable[str], title: str, console: Console | None = None
             else:
                 console.print(line, highlight=False, soft_wrap=True)
     finally:
-        bar.stop()
+        if bar.live.is_started:  # off a terminal `stop` would print an empty line
+            bar.stop()

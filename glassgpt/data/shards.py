@@ -84,13 +84,15 @@ def write(
         raise UserError("the tokenizer has no <|endoftext|> token, which parts documents; use one that has, or train one")
     folder.mkdir(parents=True)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    splits = {split: _Split(folder, split, dtype, shard_tokens) for split in SPLITS}
+    splits = {split: _Split(folder, split, shard_tokens) for split in SPLITS}
     parted = hold_out(documents, holdout_share)
     while some := list(itertools.islice(parted, DOCUMENTS_AT_ONCE)):
         for (split, text), ids in zip(some, tokenizer.encode_batch([text for _, text in some]), strict=True):
             splits[split].add(np.array([*ids, tokenizer.end_id], dtype=dtype), len(text.encode()))
-    if not splits["train"].documents:
+    if not splits["val"].documents:  # with any document at all, one is held out
         raise UserError("the corpus is empty: no source holds any text")
+    if not splits["train"].documents:
+        raise UserError(f"data.holdout_share {holdout_share} holds out every document, so none is left to train on; lower it")
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "tokenizer_sha256": tokenizer.sha256,
@@ -108,9 +110,9 @@ def write(
 class _Split:
     """The shards of one split while they are written."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+    def __init__(self, folder: Path, name: str, shard_tokens: int) -> None:
         self.documents = self.bytes = 0
-        self._folder, self._name, self._dtype, self._limit = folder, name, dtype, shard_tokens
+        self._folder, self._name, self._limit = folder, name, shard_tokens
         self._waiting: list[np.ndarray] = []
         self._tokens = 0
         self._files: list[dict[str, Any]] = []
@@ -133,7 +135,7 @@ class _Split:
 
     def _flush(self) -> None:
         path = self._folder / f"{self._name}-{len(self._files):05d}.npy"
-        ids = np.concatenate(self._waiting) if self._waiting else np.zeros(0, self._dtype)
+        ids = np.concatenate(self._waiting)
         np.save(path, ids)
         self._files.append({"file": path.name, "tokens": len(ids), "sha256": _sha256(path)})
         self._waiting, self._tokens = [], 0

@@ -272,42 +272,26 @@ def _of_dataset(source: str, name: str, config: str | None, split: str) -> Itera
 class Unique:
     """Passes on the documents that have not come before: `once = Unique(); for text in once(documents(...))`.
 
-    Two documents are the same when their text is, without the white space around it. What is held is a 16-byte hash of
-    each, in a table that is a third to two thirds full: 24 to 48 bytes a document, where a set of hashes takes 100.
-    `kept` and `dropped` count the documents so far, over all calls.
+    Two documents are the same when their text is, without the white space around it. What is held is a 16-byte digest of
+    each in a set: about 100 bytes a document. `kept` and `dropped` count the documents so far, over all calls.
     """
 
     def __init__(self) -> None:
-        self.kept = self.dropped = 0
-        self._table = bytearray(16 * 1024)  # open addressing: a hash lies in the first free place after its own
+        self.dropped = 0
+        self._seen: set[bytes] = set()
+
+    @property
+    def kept(self) -> int:
+        return len(self._seen)
 
     def __call__(self, documents: Iterable[str]) -> Iterator[str]:
         for text in documents:
-            key = hashlib.blake2b(text.strip().encode(errors="surrogatepass"), digest_size=16).digest()
-            if self._add(key):
-                self.kept += 1
-                yield text
-            else:
+            digest = hashlib.blake2b(text.strip().encode(errors="surrogatepass"), digest_size=16).digest()
+            if digest in self._seen:
                 self.dropped += 1
-
-    def _add(self, key: bytes) -> bool:
-        """Whether the hash was new; it is in the table afterwards."""
-        if 3 * 16 * self.kept >= 2 * len(self._table):
-            old, self._table = self._table, bytearray(2 * len(self._table))
-            for start in range(0, len(old), 16):
-                if any(held := old[start : start + 16]):
-                    self._table[(at := self._place(held)) : at + 16] = held
-        at = self._place(key)
-        is_new = not any(self._table[at : at + 16])
-        self._table[at : at + 16] = key
-        return is_new
-
-    def _place(self, key: bytes | bytearray) -> int:
-        """Where in the table the hash is, or is to go."""
-        at = int.from_bytes(key[:8], "little") * 16 % len(self._table)
-        while (held := self._table[at : at + 16]) != key and any(held):
-            at = (at + 16) % len(self._table)
-        return at
+            else:
+                self._seen.add(digest)
+                yield text
 
 
 # ---------------------------------------------------------------------- the corpus that needs no file

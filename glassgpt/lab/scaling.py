@@ -34,7 +34,7 @@ from rich.table import Table
 from glassgpt.config import DataConfig, ModelConfig, OptimConfig, Pretrain, UserError
 from glassgpt.config.files import read_yaml, to_plain, write_yaml
 from glassgpt.config.scaling import HEAD_WIDTH, Scaling
-from glassgpt.data.shards import Shards
+from glassgpt.data import Corpus
 from glassgpt.interpret.anatomy import anatomy
 from glassgpt.loading import pick_device
 from glassgpt.train.pretrain import CONFIG_FILE, SHARDS, TOKENIZER_FILE, prepare, pretrain
@@ -228,8 +228,8 @@ def scaling(config: Scaling) -> Result:
     out = Path(config.out_dir)
     _open(out, config)
     data = DataConfig(sources=config.sources, tokenizer=config.tokenizer)
-    tokenizer, shards = prepare(out, data, config.vocab_size)
-    result = analyse(config, train_ladder(out, ladder(config, tokenizer.vocab_size), shards))
+    tokenizer, corpus = prepare(out, data, config.vocab_size)
+    result = analyse(config, train_ladder(out, ladder(config, tokenizer.vocab_size), corpus))
     text = json.dumps(result.plain(), indent=1)
     (out / RESULT_FILE).write_text(text + "\n")
     chart(result, out)
@@ -280,12 +280,14 @@ def ladder(config: Scaling, vocab_size: int) -> list[Pretrain]:
                 Pretrain(
                     out_dir=f"w{width:04d}-d{steps * config.step_tokens:09d}-s{seed}",
                     model=shape,
+                    data=DataConfig(sources=config.sources),
                     optim=optim,
                     max_steps=steps,
                     batch_size=config.batch_size,
                     eval_interval=0,
                     save_interval=SAVE_INTERVAL,
                     precision="fp32",  # one arithmetic for all sizes
+                    compile="off",
                     seed=seed,
                     device=config.device,
                 )
@@ -294,7 +296,7 @@ def ladder(config: Scaling, vocab_size: int) -> list[Pretrain]:
     return sorted(runs, key=lambda run: _facts(run)["C"])
 
 
-def train_ladder(out: Path, runs: Sequence[Pretrain], shards: Shards) -> list[Run]:
+def train_ladder(out: Path, runs: Sequence[Pretrain], corpus: Corpus) -> list[Run]:
     """The runs' results, in order: read where the run is complete, else trained or continued."""
     console = Console(stderr=True)
     left = [run for run in runs if not _is_complete(out / RUNS / run.out_dir, run)]
@@ -314,7 +316,7 @@ def train_ladder(out: Path, runs: Sequence[Pretrain], shards: Shards) -> list[Ru
         now = time.perf_counter()
         ahead = sum(work[number:]) / work[number - 1]  # in runs like this one, the nearest in cost
         eta = f"; {(now - began) / 60:.1f} min gone, eta {(now - started) * ahead / 60:.1f} min"
-    return [_read(out / RUNS / run.out_dir, run, shards.count("train")) for run in runs]
+    return [_read(out / RUNS / run.out_dir, run, corpus.count("train")) for run in runs]
 
 
 def _train(out: Path, run: Pretrain) -> None:

@@ -102,6 +102,8 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True, and `patterns` are constants here
+            raise NotImplementedError("`blocked` has no second derivative; use_attention(model, plain) has")
         q, k, v, z, *patterns = ctx.saved_tensors
         shape = dz.shape  # (B, H, T, W)
         dz = dz.reshape(z.shape)

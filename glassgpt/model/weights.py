@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,9 @@ def _read_sharded(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
     tensors = {name: torch.empty(p.shape, dtype=torch.float32) for name, p in shapes.items()}
     try:
         named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        load(named, storage_reader=sharded_reader(folder), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that there is one process
+            load(named, storage_reader=sharded_reader(folder), no_dist=True)
     except Exception as error:  # the library raises many kinds for a damaged or missing part
         raise _damaged(folder / SHARDED, error) from error
     return tensors

@@ -74,13 +74,14 @@ def chaos(config: Pretrain) -> Path:
     calm, stormy = (out / name for name in RUN_FILES)
     if not config.save_interval:
         raise UserError("chaos needs a save_interval above 0: without checkpoints there is nothing to resume from")
-    file = out / "config.yaml"
-    write_yaml(file, dataclasses.replace(config, chaos=0, resume=False, out_dir=str(calm)))
+    asked = out / "config.yaml"
+    write_yaml(asked, dataclasses.replace(config, chaos=0, resume=False, out_dir=str(calm)))
     console.print(f"the calm run: {config.max_steps} steps", highlight=False)
-    child = Child(file, calm)
+    child = Child(asked, calm)
     if child.process.wait():
         raise UserError(f"chaos: the run fails by itself:\n{child.errors.read_text()[-500:]}")
 
+    file = calm / "config.yaml"  # what `auto` stood for is settled there
     draw = random.Random(config.seed)
     kinds = [KINDS[number % len(KINDS)] for number in range(config.chaos)]
     draw.shuffle(kinds)
@@ -173,9 +174,9 @@ def kill_inside_save(file: Path, run: Path, goal: int, draw: random.Random) -> b
 
 def full_disk(file: Path, run: Path, goal: int, draw: random.Random) -> bool:
     """A disk with room for part of a checkpoint: the save fails with a message, and the exit code is 2."""
-    saved = complete_checkpoints(run)
-    sizes = [path.stat().st_size for path in saved[-1].rglob("*.safetensors")] if saved else [200_000]
-    child = Child(file, run, limit_bytes=int(max(sizes) * draw.uniform(0.1, 0.9)))
+    written = complete_checkpoints(file.parent)[-1]  # the calm run's: as large as this one's will be
+    largest = max(path.stat().st_size for path in written.rglob("*.safetensors"))
+    child = Child(file, run, limit_bytes=int(largest * draw.uniform(0.1, 0.9)))
     code = child.process.wait()
     if code != 2:
         raise UserError(f"chaos: a full disk ended with exit code {code}, not 2; see {child.errors}")

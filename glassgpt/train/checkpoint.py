@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,9 @@ def _read_parts(folder: Path, model: GPT, optimizers: list[Optimizer]) -> None:
         like = parameters[name.rpartition(":")[0]].detach()
         is_single = stored[key].size != like.shape  # AdamW's count of steps
         state[name] = tensors[key] = torch.zeros(stored[key].size) if is_single else torch.zeros_like(like)
-    load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that there is one process
+        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     optim.set_state(model, optimizers, {n: t.reshape(()) if n.endswith(":step") else t for n, t in state.items()})
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from glassgpt import data
 from glassgpt.config import UserError
@@ -48,6 +49,8 @@ def measure(
         tokens += supervised.numel()
         text_bytes += byte_lengths[supervised].sum().item()
     scored.train(was_training)
+    if isinstance(scored, FSDPModule):
+        scored.reshard()  # without a backward pass its own parameters would stay gathered
     nats, tokens, text_bytes = ranks.total([nats, tokens, text_bytes])
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1.0, text_bytes), "tokens": tokens}
 

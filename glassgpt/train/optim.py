@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import nn
@@ -75,9 +76,10 @@ def set_rate(optimizers: list[Optimizer], rate: float) -> None:
 def clip(model: nn.Module, largest_norm: float) -> float:
     """Scale all gradients so that their global L2 norm is at most `largest_norm` (0: leave them); returns the norm before."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    # a norm for each kind, as sharded and plain tensors do not mix; each is already over all ranks
-    kinds = {kind: [g for g in gradients if type(g) is kind] for kind in {type(g) for g in gradients}}
-    norm = math.hypot(*(float(parallel.whole(torch.nn.utils.get_total_norm(some))) for some in kinds.values()))
+    alike: dict[object, list[torch.Tensor]] = defaultdict(list)  # tensors that are sharded differently do not mix
+    for gradient in gradients:
+        alike[getattr(gradient, "device_mesh", None)].append(gradient)
+    norm = math.hypot(*(float(parallel.whole(torch.nn.utils.get_total_norm(some))) for some in alike.values()))
     if 0 < largest_norm < norm and math.isfinite(norm):
         for gradient in gradients:
             gradient.mul_(largest_norm / (norm + 1e-6))

@@ -57,9 +57,9 @@ def pretrain(config: Pretrain) -> Path:
         try:
             return _train(config, ranks)
         except (RuntimeError, ConnectionError) as error:
-            if ranks.world == 1:
-                raise
-            raise _lost_rank(Path(config.out_dir), ranks, error) from error
+            if lost := _lost_rank(Path(config.out_dir), ranks, error):
+                raise lost from error
+            raise
 
 
 def _train(config: Pretrain, ranks: Ranks) -> Path:
@@ -276,12 +276,17 @@ def _tell(
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def _lost_rank(run: Path, ranks: Ranks, error: Exception) -> UserError:
-    """What the ranks that are left say: who is gone, and where to go on from. Only the first of them says it aloud."""
-    for _ in range(20):
-        if gone := ranks.gone():
-            break
+def _lost_rank(run: Path, ranks: Ranks, error: Exception) -> UserError | None:
+    """What the ranks that are left say: who is gone, and where to go on from. Only the first of them says it aloud.
+
+    None when the error is this rank's own.
+    """
+    gone = ranks.gone()
+    for _ in range(20 * (ranks.world > 1 and not gone)):
         time.sleep(0.1)
+        gone = ranks.gone()
+    if not gone and "onnection" not in str(error):
+        return None
     names = ", ".join(f"rank {rank} (host {ranks.processes[rank][0]}, process {ranks.processes[rank][1]})" for rank in gone)
     saved = complete_checkpoints(run)
     told = UserError(

@@ -16,7 +16,9 @@ from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint, optim
 from glassgpt.train.loss import token_loss
+from glassgpt.train.parallel import Ranks
 
+ALONE = Ranks(torch.device("cpu"))
 State = tuple[GPT, list[Optimizer]]
 
 
@@ -44,7 +46,7 @@ def names(run: Path) -> list[str]:
 def test_a_saved_checkpoint_is_complete_and_loadable(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert names(tmp_path) == []
     model, optimizers = train(a_state(), range(2))
-    folder = checkpoint.save(tmp_path, 2, model, optimizers, tokenizer, {"val_loss": 1.5})
+    folder = checkpoint.save(tmp_path, 2, model, optimizers, tokenizer, {"val_loss": 1.5}, ALONE)
     assert folder == tmp_path / "checkpoints" / "step-000002"
     assert complete_checkpoints(tmp_path) == [folder]
     facts = json.loads((folder / "complete.json").read_text())
@@ -60,8 +62,8 @@ def test_a_saved_checkpoint_is_complete_and_loadable(tokenizer: Tokenizer, tmp_p
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "tokenizer.json", "model.json"])
 def test_half_written_folders_are_no_checkpoints(tokenizer: Tokenizer, tmp_path: Path, file: str) -> None:
     model, optimizers = train(a_state(), range(1))
-    checkpoint.save(tmp_path, 1, model, optimizers, tokenizer, {})
-    path = checkpoint.save(tmp_path, 2, model, optimizers, tokenizer, {}) / file
+    checkpoint.save(tmp_path, 1, model, optimizers, tokenizer, {}, ALONE)
+    path = checkpoint.save(tmp_path, 2, model, optimizers, tokenizer, {}, ALONE) / file
     content = path.read_bytes()
     assert names(tmp_path) == ["step-000001", "step-000002"]
     path.write_bytes(content[:-1])
@@ -79,7 +81,7 @@ def test_half_written_folders_are_no_checkpoints(tokenizer: Tokenizer, tmp_path:
 def test_prune_keeps_the_newest_complete_ones(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, optimizers = train(a_state(), range(1))
     for step in (8, 9, 10, 999_999, 1_000_000, 11):
-        checkpoint.save(tmp_path, step, model, optimizers, tokenizer, {})
+        checkpoint.save(tmp_path, step, model, optimizers, tokenizer, {}, ALONE)
     folders = tmp_path / "checkpoints"
     (folders / ".tmp-step-000012-4711").mkdir()  # what a killed save leaves
     (folders / "step-1000000" / "model.safetensors").write_bytes(b"")  # and one that is damaged does not count
@@ -91,15 +93,15 @@ def test_prune_keeps_the_newest_complete_ones(tokenizer: Tokenizer, tmp_path: Pa
 def test_the_newest_is_the_one_with_the_largest_step(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, optimizers = train(a_state(), range(1))
     for step in (1_000_000, 999_999, 2_000_000):
-        checkpoint.save(tmp_path, step, model, optimizers, tokenizer, {})
+        checkpoint.save(tmp_path, step, model, optimizers, tokenizer, {}, ALONE)
     assert names(tmp_path) == ["step-999999", "step-1000000", "step-2000000"]
 
 
 def test_a_checkpoint_is_never_overwritten(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, 1, *train(a_state(), range(1)), tokenizer, {})
+    folder = checkpoint.save(tmp_path, 1, *train(a_state(), range(1)), tokenizer, {}, ALONE)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match="never overwritten"):
-        checkpoint.save(tmp_path, 1, *train(a_state(1), range(3)), tokenizer, {})
+        checkpoint.save(tmp_path, 1, *train(a_state(1), range(3)), tokenizer, {}, ALONE)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -107,9 +109,9 @@ def test_a_checkpoint_is_never_overwritten(tokenizer: Tokenizer, tmp_path: Path)
 @pytest.mark.parametrize("size", [500, 20_000, 100_000])
 def test_a_full_disk_leaves_the_earlier_ones(tokenizer: Tokenizer, tmp_path: Path, full_disk: Any, size: int) -> None:
     model, optimizers = train(a_state(), range(1))
-    checkpoint.save(tmp_path, 1, model, optimizers, tokenizer, {})
+    checkpoint.save(tmp_path, 1, model, optimizers, tokenizer, {}, ALONE)
     with full_disk(size), pytest.raises(UserError, match=r"cannot write .*step-000002: .*(large|written)"):
-        checkpoint.save(tmp_path, 2, model, optimizers, tokenizer, {})
+        checkpoint.save(tmp_path, 2, model, optimizers, tokenizer, {}, ALONE)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     assert names(tmp_path) == ["step-000001"]
 
@@ -117,7 +119,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tokenizer: Tokenizer, tmp_path: Pat
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_restored_run_continues_bit_for_bit(tokenizer: Tokenizer, tmp_path: Path, optimizer: str) -> None:
     state = train(a_state(optimizer=optimizer), range(3))
-    folder = checkpoint.save(tmp_path, 3, *state, tokenizer, {})
+    folder = checkpoint.save(tmp_path, 3, *state, tokenizer, {}, ALONE)
     train(state, range(3, 6))
     other = a_state(seed=9, optimizer=optimizer)
     assert checkpoint.restore(folder, *other) == 3
@@ -131,7 +133,7 @@ def test_a_restored_run_continues_bit_for_bit(tokenizer: Tokenizer, tmp_path: Pa
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "complete.json"])
 def test_a_damaged_checkpoint_is_refused(tokenizer: Tokenizer, tmp_path: Path, file: str) -> None:
-    folder = checkpoint.save(tmp_path, 1, *train(a_state(), range(1)), tokenizer, {})
+    folder = checkpoint.save(tmp_path, 1, *train(a_state(), range(1)), tokenizer, {}, ALONE)
     path = folder / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="step-000001"):

@@ -12,6 +12,7 @@ from glassgpt.config import OptimConfig, preset
 from glassgpt.model import GPT
 from glassgpt.train import optim
 from glassgpt.train.loss import token_loss
+from glassgpt.train.muon import Muon
 
 SHAPE = preset("tiny", vocab_size=300)
 BOTH = pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -55,7 +56,7 @@ def test_muon_has_exactly_the_block_matrices() -> None:
     held = {names[id(parameter)] for group in muon.param_groups for parameter in group["params"]}
     matrices = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
     assert held == {f"blocks.{layer}.{matrix}.weight" for layer in range(SHAPE.n_layer) for matrix in matrices}
-    assert (type(adamw), type(muon)) == (torch.optim.AdamW, torch.optim.Muon)
+    assert (type(adamw), type(muon)) == (torch.optim.AdamW, Muon)
 
 
 # ---------------------------------------------------------------------- schedule

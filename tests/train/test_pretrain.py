@@ -23,16 +23,19 @@ import torch
 
 from glassgpt.config import DataConfig, OptimConfig, Pretrain, UserError, preset
 from glassgpt.config.files import read_yaml
-from glassgpt.data import Batch, Stream, in_order, shards
+from glassgpt.data import Batch, Stream, Windows, corpus, in_order
 from glassgpt.loading import complete_checkpoints
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint
 from glassgpt.train.evaluate import measure
-from glassgpt.train.loss import token_loss
+from glassgpt.train.loss import Scored, token_loss
+from glassgpt.train.parallel import Ranks
 from glassgpt.train.pretrain import open_run, prepare, pretrain
 from glassgpt.train.run import Log, plot_loss, read_log
 
+CPU = torch.device("cpu")
+ALONE = Ranks(CPU)
 SHAPE = preset("tiny", vocab_size=300)
 POEM = "The cat sat on the mat. The dog sat on the log. The fox sat on a box, and the hen in her pen.\n" * 12
 
@@ -109,12 +112,12 @@ def test_what_a_run_leaves_behind(text: Path, tmp_path: Path) -> None:
     (saved,) = complete_checkpoints(run)
     assert json.loads((saved / "complete.json").read_text())["val_loss"] == read_log(run)[-1]["val_loss"]
     entry = read_log(run)[0]
-    assert entry.keys() == {"step", "loss", "grad_norm", "lr", "tokens", "seconds"}
+    assert entry.keys() == {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "mfu"}
     assert entry["tokens"] == 2 * 2 * SHAPE.context_tokens
     assert entry["lr"] == 0.01 / 4
 
     # the last validation reads every held-out target once
-    assert read_log(run)[-1]["val_tokens"] == shards.read(run / "shards", Tokenizer.load(run)).count("val") - 1
+    assert read_log(run)[-1]["val_tokens"] == corpus.read(run / "shards", Tokenizer.load(run)).count("val") - 1
 
 
 # ---------------------------------------------------------------------- it adds up
@@ -125,8 +128,8 @@ def test_four_steps_written_out(text: Path, tmp_path: Path) -> None:
     optimizer = OptimConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.0, grad_clip=0.5)
     config = settings(tmp_path / "run", text, max_steps=4, accumulation_steps=2, optim=optimizer)
     run = pretrain(config)
-    (train,) = shards.read(run / "shards", Tokenizer.load(run)).tokens("train")
-    stream = Stream([train], SHAPE.context_tokens, batch_size=4, seed=config.seed)
+    (domain,) = corpus.read(run / "shards", Tokenizer.load(run)).domains
+    stream = Stream([Windows(domain.shards.tokens("train"), SHAPE.context_tokens, (config.seed,))], [1.0], batch_size=4)
     torch.manual_seed(config.seed)
     model = GPT(SHAPE)
     adamw = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
@@ -173,7 +176,7 @@ def test_accumulated_gradients_are_the_same_to_1e10_in_float64() -> None:
     ids = np.random.default_rng(0).integers(300, size=2000).astype(np.uint16)
 
     def gradients(batch_size: int, accumulation_steps: int, world: int = 1) -> list[torch.Tensor]:
-        stream = Stream([ids], SHAPE.context_tokens, batch_size, accumulation_steps, world)
+        stream = Stream([Windows([ids], SHAPE.context_tokens, (0,))], [1.0], batch_size, accumulation_steps, world)
         batches = [stream.batch(3, micro, rank) for micro in range(accumulation_steps) for rank in range(world)]
         count = sum(batch.count for batch in batches)
         model.zero_grad()
@@ -301,9 +304,9 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(
     config = settings(tmp_path / "run", text, save_interval=5)
     save = checkpoint.save
 
-    def save_on_a_disk_that_fills(run: Path, step: int, *rest: Any) -> Path:
+    def save_on_a_disk_that_fills(run: Path, step: int, *rest: Any, **named: Any) -> Path:
         with full_disk(20_000) if step == 10 else contextlib.nullcontext():
-            return save(run, step, *rest)
+            return save(run, step, *rest, **named)
 
     monkeypatch.setattr(checkpoint, "save", save_on_a_disk_that_fills)
     with pytest.raises(UserError, match=r"cannot write .*step-000010"):
@@ -343,10 +346,10 @@ def test_divergence_without_a_checkpoint(text: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_something_else_is_refused(text: Path, tmp_path: Path) -> None:
     config = settings(tmp_path / "run", text)
-    open_run(tmp_path / "run", config)
+    open_run(tmp_path / "run", config, CPU)
     (tmp_path / "run" / "log.jsonl").touch()
     with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
-        open_run(tmp_path / "run", config)
+        open_run(tmp_path / "run", config, CPU)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
     for resume, said in ((False, "not empty and holds no run"), (True, "nothing to resume")):
@@ -354,7 +357,7 @@ def test_a_folder_that_holds_something_else_is_refused(text: Path, tmp_path: Pat
             pretrain(settings(tmp_path / "thesis", text, resume=resume))
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
     with pytest.raises(UserError, match="cannot make the run folder"):
-        open_run(tmp_path / "thesis" / "thesis.tex" / "run", config)
+        open_run(tmp_path / "thesis" / "thesis.tex" / "run", config, CPU)
 
 
 def test_a_start_that_failed_may_be_repeated_with_other_sources(text: Path, tmp_path: Path) -> None:
@@ -368,7 +371,7 @@ def test_a_start_that_failed_may_be_repeated_with_other_sources(text: Path, tmp_
     pretrain(settings(run, text, max_steps=1))
     assert read_yaml(run / "config.yaml", Pretrain).data.sources == (str(text),)
     tokenizer = Tokenizer.load(run)
-    shards.read(run / "shards", tokenizer)
+    corpus.read(run / "shards", tokenizer)
     assert tokenizer.vocab_size == 300
 
 
@@ -387,13 +390,13 @@ def test_a_start_that_failed_may_be_repeated_with_other_sources(text: Path, tmp_
 )
 def test_resuming_with_another_setting_names_it(text: Path, tmp_path: Path, field: str, value: Any) -> None:
     config = settings(tmp_path / "run", text)
-    open_run(tmp_path / "run", config)
+    open_run(tmp_path / "run", config, CPU)
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=f"was started with {field} = "):
-        open_run(tmp_path / "run", dataclasses.replace(config, resume=True, **{field: value}))
+        open_run(tmp_path / "run", dataclasses.replace(config, resume=True, **{field: value}), CPU)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
     # what does not matter may change
-    open_run(tmp_path / "run", dataclasses.replace(config, resume=True, save_interval=7))
+    open_run(tmp_path / "run", dataclasses.replace(config, resume=True, save_interval=7), CPU)
 
 
 def test_a_given_tokenizer_is_kept_with_the_run(tokenizer: Tokenizer, text: Path, tmp_path: Path) -> None:
@@ -431,7 +434,7 @@ def fixed_model(probabilities: list[float]) -> GPT:
 
 
 def validate(model: GPT, batches: list[Batch], byte_lengths: list[int]) -> dict[str, float]:
-    return measure(model, batches, torch.tensor(byte_lengths), contextlib.nullcontext())
+    return measure(Scored(model), batches, torch.tensor(byte_lengths), contextlib.nullcontext(), ALONE)
 
 
 def test_bits_per_byte_by_hand() -> None:
