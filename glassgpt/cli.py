@@ -1,4 +1,4 @@
-"""The command `glassgpt`: a table of verbs, each a configuration class and the function that takes it.
+"""The command `glassgpt`: a table of verbs, of one or two words, each a configuration class and the function that takes it.
 
 Nothing heavy is imported until a verb runs: `--help` answers without torch.
 """
@@ -30,12 +30,18 @@ COMMANDS = {
     "demo": Command("see a GPT-2 at work in two minutes", "config.lab:Demo", "lab.demo:demo"),
     "info": Command("what a model is made of: parameters, QKV, memory", "config.info:Info", "interpret.info:info"),
     "generate": Command("continue prompts", "config.generate:Generate", "generation.writer:generate"),
-    "pretrain": Command("train a model from nothing on text", "config.pretrain:Pretrain", "train.pretrain:pretrain"),
+    "pretrain": Command("train a model on text", "config.pretrain:Pretrain", "train.pretrain:pretrain"),
+    "runs": Command("list and compare training runs", "config.runs:Runs", "train.runs:runs"),
     "evaluate": Command("bits per byte of a model on text", "config.evaluate:Evaluate", "train.evaluate:evaluate"),
     "download": Command("fetch a model from the Hugging Face hub", "config.hub:Download", "loading:download"),
     "export": Command("write a model for other programs", "config.hub:Export", "loading:export"),
-    "bench": Command("measure speed side by side with a peer", "config.lab:Bench", "lab.bench:bench"),
+    "bench generate": Command("speed of generation beside a peer", "config.lab:Bench", "lab.bench:bench"),
+    "bench train": Command("speed and memory of training beside peers", "config.bench:BenchTrain", "lab.bench_train:bench_train"),
+    "bench device": Command("CPU against GPU, float32 against bf16", "config.bench:BenchDevice", "lab.bench_device:bench_device"),
+    "lab speedrun": Command("time to a loss beside nanoGPT's recipe", "config.bench:Speedrun", "lab.speedrun:speedrun"),
+    "lab scaling": Command("scaling laws from a ladder of small runs", "config.scaling:Scaling", "lab.scaling:scaling"),
 }
+GROUPS = {verb.split()[0] for verb in COMMANDS if " " in verb}
 CONFIG_FLAG = "--config"
 
 
@@ -45,21 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")  # a terminal that cannot show a character shows ? instead
-    verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help", "help"):
-        print(usage())
+    words = 2 if arguments and arguments[0] in GROUPS else 1
+    verb, rest = " ".join(arguments[:words]) or "--help", arguments[words:]
+    group, _, second = verb.partition(" ") if words == 2 else ("", "", verb)
+    if second in ("", "-h", "--help", "help"):
+        print(usage(group))
         return 0
     if verb in ("-V", "--version"):
         print(f"glassgpt {__version__}")
         return 0
     try:
         if verb not in COMMANDS:
-            raise UserError(f"unknown command {verb!r}{nearest(verb, COMMANDS)}; commands: {', '.join(COMMANDS)}")
-        config = parse(verb, arguments[1:])
+            known = [name for name in COMMANDS if name.startswith(group)]
+            raise UserError(f"unknown command {verb!r}{nearest(verb, known)}; commands: {', '.join(known)}")
+        config = parse(verb, rest)
         _resolve(COMMANDS[verb].function)(config)
     except UserError as error:
         name = f"glassgpt {verb}" if verb in COMMANDS else "glassgpt"
-        print(f"{name}: error: {error}", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `glassgpt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,12 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {verb:{width}}  {command.summary}" for verb, command in COMMANDS.items()]
+def usage(group: str = "") -> str:
+    """All commands, or those of a group (`bench`, `lab`)."""
+    shown = {verb: command for verb, command in COMMANDS.items() if verb.startswith(group)}
+    width = max(map(len, shown))
+    lines = [f"  {verb:{width}}  {command.summary}" for verb, command in shown.items()]
     return "\n".join(
         [
-            "usage: glassgpt COMMAND [options]",
+            f"usage: glassgpt {f'{group} ' if group else ''}COMMAND [options]",
             "",
             "Build a GPT, look inside it, train it.",
             "",

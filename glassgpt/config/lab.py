@@ -1,12 +1,9 @@
-"""Knobs of `glassgpt demo` and `glassgpt bench`."""
+"""Knobs of `glassgpt demo` and `glassgpt bench generate`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
-
-from tyro.conf import Positional
 
 from glassgpt.config.errors import UserError, check_seed
 
@@ -34,10 +31,8 @@ class Demo:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure speed side by side with a peer, in one run, and print ratios."""
+    """Prefill and decoding side by side with `transformers`, in one run, as ratios."""
 
-    what: Positional[Literal["generate"]] = "generate"
-    """generate: prefill and decoding against `transformers`."""
     preset: str = "gpt2"
     """Shape of the network; its weights are random, as speed does not depend on them."""
     prompt_tokens: int = 32

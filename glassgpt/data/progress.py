@@ -31,7 +31,9 @@ def counted(documents: Iterable[str], title: str, console: Console | None = None
             if now - start < QUIET_SECONDS or now - shown < (0.2 if console.is_terminal else LINE_SECONDS):
                 continue
             shown = now
-            line = f"{title}: {number:,} documents, {characters / 1e6:,.1f} M characters, {characters / 1e6 / (now - start):.1f} M/s"
+            line = (
+                f"{title}: {number:,} documents, {characters / 1e6:,.1f} M characters, {characters / 1e6 / (now - start):.1f} M/s"
+            )
             if console.is_terminal:
                 bar.start()
                 bar.update(task, description=line)

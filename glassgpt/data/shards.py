@@ -38,7 +38,10 @@ class Shards:
         return sum(shard["tokens"] for shard in self.manifest["splits"][split])
 
     def files(self) -> list[Path]:
-        return [self.folder / MANIFEST, *(self.folder / shard["file"] for split in SPLITS for shard in self.manifest["splits"][split])]
+        return [
+            self.folder / MANIFEST,
+            *(self.folder / shard["file"] for split in SPLITS for shard in self.manifest["splits"][split]),
+        ]
 
 
 def hold_out(documents: Iterable[str], share: float) -> Iterator[tuple[str, str]]:

@@ -156,9 +156,7 @@ def _turns(shares: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     return turn, before
 
 
-def in_order(
-    arrays: Sequence[np.ndarray], context_tokens: int, batch_size: int, end_id: int | None = None
-) -> list[Batch]:
+def in_order(arrays: Sequence[np.ndarray], context_tokens: int, batch_size: int, end_id: int | None = None) -> list[Batch]:
     """Every array once, front to back, each target in one window: for validation. An array's rest is a shorter window.
 
     Raises UserError when the text has fewer than two tokens.

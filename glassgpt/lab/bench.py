@@ -69,7 +69,7 @@ def bench(config: Bench) -> Result:
         raise UserError("new_tokens must be at least 2, so that decoding can be timed")
     torch.manual_seed(0)
     model = GPT(shape).eval()
-    peer = _peer(model, shape)
+    peer = hf_peer(model, shape).eval()
     prompts = torch.randint(shape.vocab_size, (config.batch_size, config.prompt_tokens))
     runs: dict[str, Callable[[], tuple[list[float], list[int]]]] = {
         "glassgpt": lambda: _time_ours(model, prompts, config.new_tokens),
@@ -101,8 +101,8 @@ def _time_ours(model: GPT, prompts: torch.Tensor, new_tokens: int) -> tuple[list
     return stamps, ids
 
 
-def _peer(model: GPT, shape: ModelConfig) -> Any:
-    """`transformers`' GPT-2 with the same weights."""
+def hf_peer(model: GPT | None, shape: ModelConfig) -> Any:
+    """`transformers`' GPT-2 with the same weights (None: only its shape). Raises UserError when it is not installed."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError as error:
@@ -110,9 +110,10 @@ def _peer(model: GPT, shape: ModelConfig) -> Any:
     values = weights.config_to_hf(shape, end_id=None, dtype=torch.float32)
     with torch.device("meta"):
         peer = GPT2LMHeadModel(GPT2Config(**values))
-    peer.load_state_dict(weights.hf_tensors(model), assign=True, strict=False)
-    peer.tie_weights()
-    return peer.eval()
+    if model is not None:
+        peer.load_state_dict(weights.hf_tensors(model), assign=True, strict=False)
+        peer.tie_weights()
+    return peer
 
 
 def _time_peer(peer: Any, prompts: torch.Tensor, new_tokens: int) -> tuple[list[float], list[int]]:

@@ -77,6 +77,7 @@ def load(folder: Path) -> GPT:
 
 def _read_sharded(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
     """The parameters that several processes have written, each its part."""
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with torch.device("meta"):
@@ -87,7 +88,7 @@ def _read_sharded(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that there is one process
             load(named, storage_reader=sharded_reader(folder), no_dist=True)
-    except Exception as error:  # the library raises many kinds for a damaged or missing part
+    except (Exception, CheckpointException) as error:  # the library raises many kinds for a damaged or missing part
         raise _damaged(folder / SHARDED, error) from error
     return tensors
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from glassgpt.config import UserError
+from glassgpt.config.errors import first_line
 from glassgpt.config.files import complete_folder
 from glassgpt.loading import COMPLETE_FILE, complete_checkpoints
 from glassgpt.model import GPT, weights
@@ -128,6 +129,7 @@ def put(model: GPT, source: GPT) -> None:
 
 def _read_parts(folder: Path, model: GPT, optimizers: list[Optimizer]) -> None:
     import torch.distributed as dist
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = weights.sharded_reader(folder)
@@ -142,7 +144,10 @@ def _read_parts(folder: Path, model: GPT, optimizers: list[Optimizer]) -> None:
         state[name] = tensors[key] = torch.zeros(stored[key].size) if is_single else torch.zeros_like(like)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that there is one process
-        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        try:
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        except CheckpointException as error:  # no Exception to Python: it would pass every `except` above
+            raise ValueError(first_line(error)) from error
     optim.set_state(model, optimizers, {n: t.reshape(()) if n.endswith(":step") else t for n, t in state.items()})
 
 

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from glassgpt import data
 from glassgpt.config import UserError
 from glassgpt.config.evaluate import Evaluate
 from glassgpt.data import Batch
 from glassgpt.loading import load, pick_device
-from glassgpt.train import machine
+from glassgpt.train import machine, parallel
 from glassgpt.train.loss import IGNORE, Scored
 from glassgpt.train.parallel import Ranks
 
@@ -49,8 +48,7 @@ def measure(
         tokens += supervised.numel()
         text_bytes += byte_lengths[supervised].sum().item()
     scored.train(was_training)
-    if isinstance(scored, FSDPModule):
-        scored.reshard()  # without a backward pass its own parameters would stay gathered
+    parallel.reshard(scored)
     nats, tokens, text_bytes = ranks.total([nats, tokens, text_bytes])
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1.0, text_bytes), "tokens": tokens}
 

@@ -22,8 +22,9 @@ SHOWN_CHARACTERS = 60
 class Stop:
     """SIGTERM and the first Ctrl-C are noted, so that the loop can end after the step that it is in; a second Ctrl-C interrupts."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_mates: bool = False) -> None:
         self.signal: int | None = None
+        self._has_mates = has_mates
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Stop:
@@ -35,6 +36,9 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._before and self._has_mates and isinstance(error, RuntimeError | ConnectionError):
+            # a mate has ended: torchrun sends SIGTERM now, and what has happened is still to be told
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:

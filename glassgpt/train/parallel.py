@@ -100,6 +100,8 @@ class Ranks:
 class Quiet(UserError):
     """A mistake that another rank has told of already."""
 
+    told = True
+
 
 @contextlib.contextmanager
 def joined(config: ParallelConfig, device: str) -> Iterator[Ranks]:
@@ -122,7 +124,11 @@ def joined(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     if here.type == "cuda":
         here = torch.device("cuda", local_rank)
         torch.cuda.set_device(here)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
+    store, _, _ = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a restart, and in it lie the addresses of the ranks before: each attempt gets keys of its own
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         shape = (world // config.tensor_parallel, config.tensor_parallel)
         mesh = init_device_mesh(here.type, shape, mesh_dim_names=("data", "tensor"))
@@ -180,6 +186,12 @@ def synchronise(trained: nn.Module, on: bool) -> None:
         trained.require_backward_grad_sync = on
     elif isinstance(trained, FSDPModule):
         trained.set_requires_gradient_sync(on)
+
+
+def reshard(trained: nn.Module) -> None:
+    """After a forward pass without a backward one: FSDP would go on with the gathered weights of now."""
+    if isinstance(trained, FSDPModule):
+        trained.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -22,14 +22,14 @@ from glassgpt.config.files import read_yaml, to_plain, write_yaml
 from glassgpt.config.generate import Sampling
 from glassgpt.data import Corpus
 from glassgpt.generation import complete
-from glassgpt.loading import complete_checkpoints, find_config, load, pick_device
+from glassgpt.loading import complete_checkpoints, find_config, load
 from glassgpt.model import GPT, use_attention
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint, guard, ledger, machine, optim, parallel
 from glassgpt.train.evaluate import measure
 from glassgpt.train.loss import Scored
 from glassgpt.train.parallel import Ranks
-from glassgpt.train.run import LOG_FILE, Log, Progress, Silent, Trackers, plot_loss, read_log
+from glassgpt.train.run import LOG_FILE, Log, Progress, Silent, Trackers, plot_loss
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -96,7 +96,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
 
     step = checkpoint.restore(saved[-1], model, optimizers) if saved else 0
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(guard.Stop())
+        stop = stack.enter_context(guard.Stop(has_mates=ranks.world > 1))
         log = stack.enter_context(contextlib.closing(Log(run, step, writes=ranks.is_first)))
         trackers = stack.enter_context(contextlib.closing(Trackers(config.track if ranks.is_first else (), run, to_plain(config))))
         progress = stack.enter_context(Progress(run.name, config.max_steps, step) if ranks.is_first else Silent())
@@ -111,6 +111,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
             before = {name: measure(trained, batches, byte_lengths, low_precision, ranks) for name, batches in held_out.items()}
             ranks.first(lambda: ledger.write(run, ledger.add(ledger.read(run), _stage_before(config.start), before)))
         plotted = 0.0
+        entry: dict[str, Any] = log.before[-1] if log.before else {}  # of a run that is finished already
         while step < config.max_steps:
             began = time.perf_counter()
             torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + ranks.data_rank)  # dropout follows from step and rank
@@ -151,7 +152,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
             step += 1
 
             seconds = time.perf_counter() - began
-            entry: dict[str, Any] = {"step": step, "loss": total, "grad_norm": norm, "lr": rate, "tokens": count}
+            entry = {"step": step, "loss": total, "grad_norm": norm, "lr": rate, "tokens": count}
             entry |= {"seconds": round(seconds, 4), "mfu": round(step_flops / seconds / peak, 4)}
             entry |= {name: True for name, true in (("spike", is_spike), ("skipped", skipped)) if true}
             last = step == config.max_steps
@@ -271,6 +272,7 @@ def _tell(
             with torch.no_grad(), low_precision:
                 losses.append(trained(*parts).item() / batch.ids.size(1))
     trained.train()
+    parallel.reshard(trained)
     worst = max(math.inf if math.isnan(loss) else loss for loss in losses)
     found = ranks.gather((worst, guard.describe(where, losses, corpus, tokenizer)))
     return max(found, key=lambda pair: pair[0])[1]

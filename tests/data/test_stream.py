@@ -125,9 +125,7 @@ SIZES = (203, 61, 1000)
 
 def mixture(shares: Sequence[float], batch_size: int = 1, end_id: int | None = None) -> Stream:
     """Domain d counts up from 10,000 d."""
-    domains = [
-        Windows([np.arange(size) + 10_000 * d], T, (7, d) if d else (7,)) for d, size in enumerate(SIZES[: len(shares)])
-    ]
+    domains = [Windows([np.arange(size) + 10_000 * d], T, (7, d) if d else (7,)) for d, size in enumerate(SIZES[: len(shares)])]
     return Stream(domains, shares, batch_size, end_id=end_id)
 
 

@@ -10,7 +10,7 @@ import torch
 from oracle import SMALL, add_noise, random_ids
 
 from glassgpt.config import PRESETS, ModelConfig, UserError, preset
-from glassgpt.model import GPT, fused, plain, use_attention
+from glassgpt.model import GPT, blocked, fused, plain, use_attention
 from glassgpt.model.attention import visible
 
 
@@ -41,7 +41,7 @@ def test_attention_by_hand() -> None:
     assert plain(q, k, v, None, 0.0).flatten().tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("attend", [plain, fused])
+@pytest.mark.parametrize("attend", [plain, fused, blocked])
 @pytest.mark.parametrize("t", [0, 5, SMALL.context_tokens - 1])
 def test_no_position_sees_the_future(attend: object, t: int) -> None:
     """Changing token t leaves the logits before it unchanged to the last bit, and changes those from it on."""

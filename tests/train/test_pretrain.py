@@ -27,7 +27,7 @@ from glassgpt.data import Batch, Stream, Windows, corpus, in_order
 from glassgpt.loading import complete_checkpoints
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
-from glassgpt.train import checkpoint
+from glassgpt.train import checkpoint, ledger
 from glassgpt.train.evaluate import measure
 from glassgpt.train.loss import Scored, token_loss
 from glassgpt.train.parallel import Ranks
@@ -106,7 +106,11 @@ def test_it_learns_a_small_text_by_heart(tmp_path: Path) -> None:
 def test_what_a_run_leaves_behind(text: Path, tmp_path: Path) -> None:
     config = settings(tmp_path / "run", text, max_steps=3, accumulation_steps=2)
     run = pretrain(config)
-    assert read_yaml(run / "config.yaml", Pretrain) == config
+    kept = read_yaml(run / "config.yaml", Pretrain)
+    assert kept == dataclasses.replace(config, compile="off")  # what `auto` came to
+    (stage,) = ledger.read(run)
+    last = {key: read_log(run)[-1][f"val_{key}"] for key in ("loss", "bits_per_byte", "tokens")}
+    assert stage == {"after": "run", "domains": {"sentences": last}}
     assert (run / "loss.svg").read_text().rstrip().endswith("</svg>")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG") and (run / "loss.png").stat().st_size > 5000
     (saved,) = complete_checkpoints(run)
@@ -386,6 +390,10 @@ def test_a_start_that_failed_may_be_repeated_with_other_sources(text: Path, tmp_
         ("accumulation_steps", 2),
         ("seed", 1),
         ("precision", "bf16"),
+        ("compile", "on"),
+        ("bad_steps", "skip"),
+        ("spike_deviations", 3.0),
+        ("start", "elsewhere"),
     ],
 )
 def test_resuming_with_another_setting_names_it(text: Path, tmp_path: Path, field: str, value: Any) -> None:
@@ -433,8 +441,9 @@ def fixed_model(probabilities: list[float]) -> GPT:
     return model
 
 
-def validate(model: GPT, batches: list[Batch], byte_lengths: list[int]) -> dict[str, float]:
-    return measure(Scored(model), batches, torch.tensor(byte_lengths), contextlib.nullcontext(), ALONE)
+def validate(model: GPT | Scored, batches: list[Batch], byte_lengths: list[int]) -> dict[str, float]:
+    scored = model if isinstance(model, Scored) else Scored(model)
+    return measure(scored, batches, torch.tensor(byte_lengths), contextlib.nullcontext(), ALONE)
 
 
 def test_bits_per_byte_by_hand() -> None:
@@ -462,13 +471,13 @@ def test_an_untrained_head_costs_the_logarithm_of_the_vocabulary(tokenizer: Toke
 
 
 def test_validation_switches_dropout_off_and_training_on_again() -> None:
-    model = GPT(dataclasses.replace(SHAPE, dropout=0.5))
+    scored = Scored(GPT(dataclasses.replace(SHAPE, dropout=0.5)))
     batches = in_order([np.arange(100)], 32, 2)
     for training in (True, False):
-        model.train(training)
-        assert validate(model, batches, [1] * 300) == validate(model, batches, [1] * 300)
-        assert model.training is training
-    assert all(parameter.grad is None for parameter in model.parameters())
+        scored.train(training)
+        assert validate(scored, batches, [1] * 300) == validate(scored, batches, [1] * 300)
+        assert scored.training is scored.model.training is training
+    assert all(parameter.grad is None for parameter in scored.parameters())
 
 
 # ---------------------------------------------------------------------- the log

@@ -1,0 +1,105 @@
+"""Knobs of `glassgpt bench train`, `bench device` and `lab speedrun`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from glassgpt.config.errors import UserError, check_seed
+
+TrainSystem = Literal["ours", "ours-compiled", "fp32", "fp32-compiled", "bf16", "bf16-compiled"]
+
+
+@dataclass(frozen=True)
+class BenchTrain:
+    """Training speed and memory side by side with `transformers`' GPT-2 in plain PyTorch, in one run, as ratios.
+
+    Every system is a process of its own, and they take turns, so a change of the machine's load meets all.
+    """
+
+    preset: str = "small"
+    """`small` (about 10 M parameters without embeddings: 6 layers of width 384) or a preset such as gpt2."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary (default: the preset's; 8192 for `small`)."""
+    context_tokens: int = 256
+    """Tokens of a sequence."""
+    batch_size: int = 16
+    """Sequences in a step."""
+    micro_batch_size: int | None = None
+    """Sequences at once, for every system (default: batch_size)."""
+    systems: tuple[TrainSystem, ...] = ("ours", "ours-compiled", "fp32", "fp32-compiled", "bf16", "bf16-compiled")
+    """ours: this package as `pretrain` runs it, precision chosen by measuring; the others: `transformers`."""
+    repeats: int = 5
+    """Turns of each system; medians are reported."""
+    threads: int | None = None
+    """CPU threads (default: PyTorch's)."""
+    device: str = "auto"
+    """cpu, cuda, or auto for the best there is."""
+    json: bool = False
+    """One JSON object instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("context_tokens", "batch_size", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("vocab_size", "micro_batch_size", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise UserError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if not self.systems:
+            raise UserError("systems is empty; name at least one")
+
+
+@dataclass(frozen=True)
+class BenchDevice:
+    """Forward, training step and generation on every device and precision of this machine, in one table."""
+
+    preset: str = "gpt2"
+    """Shape of the network; its weights are random."""
+    context_tokens: int = 256
+    """Tokens of a sequence."""
+    batch_size: int = 4
+    """Sequences at once."""
+    new_tokens: int = 32
+    """Tokens to generate, one sequence."""
+    repeats: int = 3
+    """Medians are reported."""
+    json: bool = False
+    """One JSON object instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("context_tokens", "batch_size", "new_tokens", "repeats"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Speedrun:
+    """Time to a loss: nanoGPT's character recipe, then ours until it is as good, on the same text and machine."""
+
+    source: str
+    """The text; nanoGPT's recipes are for tiny shakespeare."""
+    recipe: Literal["cpu", "gpu"] = "cpu"
+    """Which of nanoGPT's recipes is the baseline: cpu (4 layers, width 128, context 64, 2,000 steps) or gpu (6 layers, width 384,
+    context 256, 5,000 steps)."""
+    baseline_steps: int | None = None
+    """Stop the baseline after this many steps of its schedule and take the loss it has then (default: all)."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One pair of runs for each."""
+    ablate: bool = False
+    """Also train ours with each trick taken away in turn (first seed), to show what each one brings."""
+    out_dir: str = "runs/speedrun"
+    """Folder for results and chart."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    json: bool = False
+    """One JSON object instead of a table."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise UserError("seeds is empty; give at least one")
+        for seed in self.seeds:
+            check_seed(seed)
+        if self.baseline_steps is not None and self.baseline_steps < 1:
+            raise UserError(f"baseline_steps must be at least 1; got {self.baseline_steps}")
