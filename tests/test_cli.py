@@ -25,7 +25,7 @@ print("LOADED", [name for name in {HEAVY} if name in sys.modules], code)
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in COMMANDS)])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([*verb.split(), "--help"] for verb in COMMANDS)])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("LOADED [] 0"), done.stdout[-300:]
@@ -143,3 +143,16 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     )
     assert "124,439,808" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["lab", "--help"]])
+def test_a_group_lists_its_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for verb in COMMANDS:
+        assert (f"  {verb} " in out) == verb.startswith(f"{arguments[0]} ")
+
+
+def test_an_unknown_command_of_a_group_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "scalling"]) == 2
+    assert "unknown command 'lab scalling' (did you mean 'lab scaling'?)" in capsys.readouterr().err

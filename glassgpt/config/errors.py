@@ -25,6 +25,6 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed must be between 0 and {2**32 - 1}; got {seed}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, its class when it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -49,6 +49,7 @@ class Result:
 
     config: BenchTrain
     parameters: int
+    vocab_size: int
     threads: int
     flops_per_step: int
     peak_flops: dict[str, float]
@@ -117,7 +118,7 @@ def bench_train(config: BenchTrain) -> Result:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(shape).parameters())
     flops = machine.flops_per_token(shape, config.context_tokens) * config.batch_size * config.context_tokens
-    result = Result(config, parameters, threads, flops, peak, timings)
+    result = Result(config, parameters, vocab_size, threads, flops, peak, timings)
     _show(result)
     return result
 
@@ -243,8 +244,8 @@ def _show(result: Result) -> None:
         return
     config = result.config
     title = (
-        f"{config.preset}, {result.parameters / 1e6:.1f} M parameters: {config.batch_size} x {config.context_tokens} tokens a step,"
-        f" {result.threads} threads"
+        f"{config.preset}, {result.parameters / 1e6:.1f} M parameters, {config.batch_size} x {config.context_tokens} tokens a step,"
+        f" vocabulary {result.vocab_size:,}, {result.threads} threads"
     )
     table = Table("system", title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("precision", "tokens/s", "MFU", "spread", "first step", "memory"):

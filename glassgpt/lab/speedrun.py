@@ -182,10 +182,8 @@ def run(
         window = train[at + torch.arange(T + 1)].to(device)  # (B, T + 1)
         optim.set_rate(optimizers, optim.learning_rate(step, recipe.max_steps, recipe.optim))
         with low_precision:
-            if recipe.ours:
-                loss = scored(window[:, :-1], window[:, 1:])
-            else:
-                loss = token_loss(model(window[:, :-1]), window[:, 1:]).sum
+            ids, targets = window[:, :-1], window[:, 1:]
+            loss = scored(ids, targets) if recipe.ours else token_loss(model(ids), targets).sum
         (loss / (B * T)).backward()
         optim.clip(model, recipe.optim.grad_clip)
         for optimizer in optimizers:

@@ -330,7 +330,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: BaseException) -> UserError:
     return UserError(f"{path}: truncated or not a weights file ({first_line(error)}); download or copy it again")
 
 

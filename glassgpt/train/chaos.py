@@ -1,4 +1,4 @@
-"""`glassgpt pretrain --chaos N`: a run is killed N times in every way we know, resumed each time, and must end in the same bits."""
+"""`glassgpt pretrain --chaos N`: a run is killed N times in every way we know, resumed, and must end in the same bits."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def chaos(config: Pretrain) -> Path:
         if after < reached:
             lost += 1
             console.print(f"kill {number + 1}: checkpoint {reached} is lost, {after} is the newest", style="red")
-        console.print(f"kill {number + 1}/{config.chaos}: {kind.__name__.replace('_', ' ')}; step {after} is safe", highlight=False)
+        name = kind.__name__.replace("_", " ")
+        console.print(f"kill {number + 1}/{config.chaos}: {name}; step {after} is safe", highlight=False)
     child = Child(file, stormy)
     if child.process.wait():
         raise UserError(f"chaos: the last resume failed:\n{child.errors.read_text()[-500:]}")
@@ -110,7 +111,7 @@ def chaos(config: Pretrain) -> Path:
     how = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items()))
     console.print(f"{kills} kills ({how}); {lost} checkpoints lost; final weights {'identical' if same else 'DIFFERENT'}")
     if lost or not same:
-        raise UserError(f"chaos: {lost} checkpoints lost, weights {'identical' if same else 'different'}; see {out / REPORT_FILE}")
+        raise UserError(f"chaos: {lost} checkpoints lost, weights {'identical' if same else 'differ'}; see {out / REPORT_FILE}")
     return out
 
 

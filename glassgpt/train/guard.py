@@ -20,7 +20,7 @@ SHOWN_CHARACTERS = 60
 
 
 class Stop:
-    """SIGTERM and the first Ctrl-C are noted, so that the loop can end after the step that it is in; a second Ctrl-C interrupts."""
+    """SIGTERM and the first Ctrl-C are noted, so that the loop ends after the step that it is in; a second Ctrl-C interrupts."""
 
     def __init__(self, *, has_mates: bool = False) -> None:
         self.signal: int | None = None
@@ -34,11 +34,10 @@ class Stop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # when a mate has ended, torchrun sends SIGTERM, and what has happened is still to be told
+        deaf = self._has_mates and isinstance(error, RuntimeError | ConnectionError)
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        if self._before and self._has_mates and isinstance(error, RuntimeError | ConnectionError):
-            # a mate has ended: torchrun sends SIGTERM now, and what has happened is still to be told
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if deaf and number == signal.SIGTERM else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
@@ -55,7 +54,7 @@ class Spikes:
 
     def __init__(self, deviations: float, losses: Iterable[float] = ()) -> None:
         self._deviations = deviations
-        self._losses = deque(losses, WINDOW_STEPS)
+        self._losses = deque(filter(math.isfinite, losses), WINDOW_STEPS)
 
     def typical(self) -> tuple[float, float]:
         """Median and deviation of the losses so far."""

@@ -105,4 +105,5 @@ def set_state(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, 
         parameter_name, key = name.rsplit(":", 1)
         parameter = parameters[parameter_name]
         same_kind = tensor.ndim == 0 or type(tensor) is type(parameter.data)
-        owner[parameter].state[parameter][key] = tensor.to(parameter.device) if same_kind else parallel.like(tensor, parameter.data)
+        held = tensor.to(parameter.device) if same_kind else parallel.like(tensor, parameter.data)
+        owner[parameter].state[parameter][key] = held

@@ -59,7 +59,7 @@ class Ranks:
         return self.world // self.tensor_parallel
 
     def first(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on rank 0; every rank gets its result, or its UserError (a Quiet one on the others)."""
+        """Run `function` on rank 0; every rank gets its result, or its UserError (a QuietError on the others)."""
         if self.world == 1:
             return function()
         outcome: list[object] = [None, None]
@@ -73,7 +73,7 @@ class Ranks:
         if failure is not None:
             raise failure
         if outcome[1] is not None:
-            raise Quiet(str(outcome[1]))
+            raise QuietError(str(outcome[1]))
         return cast(Result, outcome[0])
 
     def total(self, values: list[float]) -> list[float]:
@@ -97,7 +97,7 @@ class Ranks:
         return [rank for rank, (host, process) in self.processes.items() if host == here and not _runs(process)]
 
 
-class Quiet(UserError):
+class QuietError(UserError):
     """A mistake that another rank has told of already."""
 
     told = True
@@ -112,7 +112,7 @@ def joined(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         if config.tensor_parallel > 1:
-            raise UserError(f"parallel.tensor_parallel is {config.tensor_parallel}, but there is one process; start with torchrun")
+            raise UserError(f"parallel.tensor_parallel is {config.tensor_parallel}, with one process; start with torchrun")
         yield Ranks(pick_device(device))
         return
     if world % config.tensor_parallel:
@@ -124,9 +124,10 @@ def joined(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     if here.type == "cuda":
         here = torch.device("cuda", local_rank)
         torch.cuda.set_device(here)
-    store, _, _ = next(dist.rendezvous("env://"))
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     # torchrun's store outlives a restart, and in it lie the addresses of the ranks before: each attempt gets keys of its own
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
@@ -168,7 +169,8 @@ def spread(scored: Scored, config: ParallelConfig, ranks: Ranks, *, compiled: bo
         return scored
     if ranks.tensor_parallel > 1:
         for block in scored.model.blocks:
-            parallelize_module(cast(nn.Module, block.mlp), ranks.mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+            plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            parallelize_module(cast(nn.Module, block.mlp), ranks.mesh["tensor"], plan)
     if ranks.data_world == 1:
         return scored
     if config.strategy == "fsdp":

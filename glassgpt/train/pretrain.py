@@ -38,9 +38,9 @@ SAMPLING = Sampling(temperature=0.8)
 SAMPLE_TOKENS = 48
 PLOT_SECONDS = 30.0
 FIXED_ON_RESUME = (
-    "start", "model", "data", "optim", "max_steps", "batch_size", "accumulation_steps", "seed", "precision", "compile", "bad_steps",
-    "spike_deviations",
-)  # fmt: skip
+    *("start", "model", "data", "optim", "max_steps", "batch_size", "accumulation_steps", "seed"),
+    *("precision", "compile", "bad_steps", "spike_deviations"),
+)
 
 
 def pretrain(config: Pretrain) -> Path:
@@ -69,7 +69,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     if ranks.world > 1:
         ranks.first(lambda: prepare(run, config.data, config.model.vocab_size, config.start) and None)
     tokenizer, corpus = prepare(run, config.data, config.model.vocab_size, config.start)
-    shape = dataclasses.replace(config.model, vocab_size=max(tokenizer.vocab_size, config.model.vocab_size if config.start else 0))
+    shape = config.model if config.start else dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     end_id = tokenizer.end_id if config.data.mask_documents else None
     batch_size, accumulation_steps = parallel.share_batch(config.batch_size, config.accumulation_steps, ranks)
 
@@ -98,7 +98,8 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(guard.Stop(has_mates=ranks.world > 1))
         log = stack.enter_context(contextlib.closing(Log(run, step, writes=ranks.is_first)))
-        trackers = stack.enter_context(contextlib.closing(Trackers(config.track if ranks.is_first else (), run, to_plain(config))))
+        tracked = config.track if ranks.is_first else ()
+        trackers = stack.enter_context(contextlib.closing(Trackers(tracked, run, to_plain(config))))
         progress = stack.enter_context(Progress(run.name, config.max_steps, step) if ranks.is_first else Silent())
         spikes = guard.Spikes(config.spike_deviations, [e["loss"] for e in log.before if not e.get("spike")])
         step_tokens = config.batch_size * config.accumulation_steps * shape.context_tokens
@@ -135,7 +136,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
             if not is_finite or is_spike:
                 told = _tell(trained, batches, stream.places, step, corpus, tokenizer, low_precision, ranks)
                 what = f"a spike: typical is {spikes.typical()[0]:.4f}" if is_finite else "not finite"
-                progress.say(f"step {step + 1}: loss {total:.4f}, gradient norm {norm:.4g}: {what}. The batch's worst row: {told}")
+                progress.say(f"step {step + 1}: loss {total:.4f}, gradient norm {norm:.4g}: {what}. The worst row: {told}")
             if not is_finite and config.bad_steps == "stop":
                 # the weights of a checkpoint written by the step before are the ones that have just failed
                 good = [folder for folder in saved if folder.name != f"step-{step:06d}"] if not math.isfinite(total) else saved
@@ -296,7 +297,7 @@ def _lost_rank(run: Path, ranks: Ranks, error: Exception) -> UserError | None:
         f" {saved[-1] if saved else 'none'}; continue with the same command and --resume, or start torchrun with --max-restarts"
     )
     is_first_left = ranks.rank == min(rank for rank in ranks.processes if rank not in gone)
-    return told if is_first_left else parallel.Quiet(str(told))
+    return told if is_first_left else parallel.QuietError(str(told))
 
 
 def open_run(run: Path, config: Pretrain, device: torch.device) -> Pretrain:
@@ -365,7 +366,7 @@ def prepare(run: Path, config: DataConfig, vocab_size: int, start: str | None = 
             earlier = data.corpus.read(before / SHARDS, tokenizer)
             ledger.write(run, ledger.read(before))
         elif config.replay_share:
-            raise UserError(f"{start} is not a run folder with its shards, so there is nothing to replay; leave data.replay_share 0")
+            raise UserError(f"{start} is no run folder with shards, so there is nothing to replay; leave data.replay_share 0")
     elif config.tokenizer is not None:
         tokenizer = Tokenizer.load(config.tokenizer)
     else:

@@ -90,7 +90,8 @@ class Progress:
         """`step` steps are done."""
         smoothed = self._mean.add(loss)
         self._curve.append(smoothed)
-        text = f"loss {loss:.4f} (mean {smoothed:.4f})  {tokens_per_second:,.0f} tokens/s  MFU {mfu:.0%}  {memory_bytes / 1e9:.2f} GB"
+        speed = f"{tokens_per_second:,.0f} tokens/s  MFU {mfu:.0%}  {memory_bytes / 1e9:.2f} GB"
+        text = f"loss {loss:.4f} (mean {smoothed:.4f})  {speed}"
         now = time.perf_counter()
         if self._live:
             self._bar.update(self._task, completed=step)

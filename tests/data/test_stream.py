@@ -180,6 +180,17 @@ def test_a_mixture_is_a_pure_function_of_the_number() -> None:
         assert same(again.batch(step), forwards[step])
 
 
+def test_no_two_domains_or_epochs_share_an_order() -> None:
+    """Also not one domain's first epoch and another's second: seeds are padded with zeros."""
+    orders = set()
+    for number in range(4):
+        windows = Windows(ARRAYS, T, (7, number) if number else (7,))
+        for epoch in range(5):
+            numbers = range(epoch * len(windows), (epoch + 1) * len(windows))
+            orders.add(tuple(windows.place(number) for number in numbers))
+    assert len(orders) == 20
+
+
 def test_rows_come_from_where_places_say() -> None:
     stream = mixture([0.6, 0.3, 0.1], batch_size=5)
     for step in (0, 1, 250):

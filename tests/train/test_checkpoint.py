@@ -138,3 +138,18 @@ def test_a_damaged_checkpoint_is_refused(tokenizer: Tokenizer, tmp_path: Path, f
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="step-000001"):
         checkpoint.restore(folder, *a_state())
+
+
+def test_the_best_one_is_kept_however_old(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model, optimizers = train(a_state(), range(1))
+    losses = {1: 3.0, 2: 1.5, 3: None, 4: 2.0, 5: 1.9, 6: 1.6}
+    for step, val_loss in losses.items():
+        facts = {} if val_loss is None else {"val_loss": val_loss}
+        checkpoint.save(tmp_path, step, model, optimizers, tokenizer, facts, ALONE)
+        checkpoint.prune(tmp_path, 2)
+    assert names(tmp_path) == ["step-000002", "step-000005", "step-000006"]
+    assert checkpoint.best(complete_checkpoints(tmp_path)) == tmp_path / "checkpoints" / "step-000002"
+    checkpoint.save(tmp_path, 7, model, optimizers, tokenizer, {"val_loss": 1.0}, ALONE)
+    checkpoint.prune(tmp_path, 2)
+    assert names(tmp_path) == ["step-000006", "step-000007"]  # a better one, and the old best goes
+    assert checkpoint.best([]) is None

@@ -29,7 +29,7 @@ from glassgpt.config.files import write_yaml
 from glassgpt.data import Stream, Windows
 from glassgpt.loading import complete_checkpoints
 from glassgpt.train import parallel
-from glassgpt.train.parallel import Quiet, Ranks
+from glassgpt.train.parallel import QuietError, Ranks
 from glassgpt.train.pretrain import pretrain
 from glassgpt.train.run import read_log
 
@@ -332,7 +332,7 @@ def test_who_is_gone() -> None:
     assert ranks.gone() == [1]  # not waited for yet: a zombie counts as gone
     ended.wait()
     assert ranks.gone() == [1]
-    assert issubclass(Quiet, UserError)
+    assert issubclass(QuietError, UserError)
 
 
 # ---------------------------------------------------------------------- the command, and when it goes wrong
