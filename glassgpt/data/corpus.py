@@ -111,14 +111,13 @@ def read(folder: Path, tokenizer: Tokenizer) -> Corpus:
     """Open a run's corpus; every file is checked against its hash. Raises UserError when it is incomplete or changed."""
     try:
         entries = json.loads((folder / DOMAINS_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no readable {DOMAINS_FILE}, so this is no complete corpus ({error})") from error
-    return Corpus(
-        tuple(
-            Domain(entry["name"], shards.read(folder / entry["folder"], tokenizer), entry["share"], entry["stage"])
-            for entry in entries
-        )
-    )
+        facts = [(entry["name"], folder / entry["folder"], entry["share"], entry["stage"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: no readable {DOMAINS_FILE}, so this is no complete corpus ({error}); a run of version 0.1 has none:"
+            " start it anew"
+        ) from error
+    return Corpus(tuple(Domain(name, shards.read(part, tokenizer), share, stage) for name, part, share, stage in facts))
 
 
 def _groups(config: DataConfig) -> dict[str, tuple[str, ...]]:

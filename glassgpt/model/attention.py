@@ -88,15 +88,17 @@ class _Blocked(torch.autograd.Function):
         B, H, T, W = q.shape
         q, k, v = (x.reshape(B * H, T, W) for x in (q, k, v))
         z = torch.empty_like(v)  # (BH, T, W)
-        patterns = []
+        wants_grad, patterns = any(ctx.needs_input_grad), []
         with torch.autocast(q.device.type, enabled=False):  # the operands have their precision already
             for start, end in _blocks(T):
                 later = torch.full((end - start, end), float("-inf"), dtype=q.dtype, device=q.device).triu(start + 1)
                 scores = torch.baddbmm(later, q[:, start:end], k[:, :end].mT, alpha=1 / math.sqrt(W))  # (BH, t, s)
                 if seen is not None:
                     scores.view(B, H, end - start, end).masked_fill_(~seen[:, :, start:end, :end], float("-inf"))
-                patterns.append(scores.softmax(dim=-1))
-                z[:, start:end] = patterns[-1] @ v[:, :end]
+                pattern = scores.softmax(dim=-1)
+                z[:, start:end] = pattern @ v[:, :end]
+                if wants_grad:
+                    patterns.append(pattern)
         ctx.save_for_backward(q, k, v, z, *patterns)
         return z.view(B, H, T, W)
 

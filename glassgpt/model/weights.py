@@ -41,9 +41,7 @@ class Stored(NamedTuple):
 # ---------------------------------------------------------------------- our folders
 
 
-def save(
-    model: GPT, folder: Path, dtype: torch.dtype | None = None, tensors: Mapping[str, Tensor] | None = None
-) -> None:
+def save(model: GPT, folder: Path, dtype: torch.dtype | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Write `model.json` and `model.safetensors` into an existing folder, weights in `dtype` (default: as they are).
 
     `tensors` are written in place of the model's own parameters, where those are spread over several processes.

@@ -81,6 +81,8 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise NotImplementedError("`head_loss` has no second derivative; token_loss has")
         drows, dhead = ctx.saved_tensors
         return drows * grad, dhead * grad, None
 

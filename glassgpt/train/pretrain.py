@@ -75,7 +75,9 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
 
     torch.manual_seed(config.seed)
     saved = complete_checkpoints(run)
-    model = load(config.start)[0].train() if config.start and not saved else GPT(shape)
+    model = GPT(shape)
+    if config.start and not saved:
+        checkpoint.put(model, load(config.start)[0])
     model.to(device)
     use_attention(model, machine.attend_by(device))
     compiled = config.compile == "on"

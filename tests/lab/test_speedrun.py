@@ -53,7 +53,9 @@ def test_a_pair_of_runs(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (out / "speedrun.svg").stat().st_size > 1000
 
 
-def test_not_reached_is_said(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_not_reached_is_said(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny = ModelConfig(vocab_size=65, context_tokens=16, n_layer=1, n_head=2, width=32, dropout=0.0)
     long = Recipe(tiny, OptimConfig(learning_rate=1e-2, warmup_steps=2), max_steps=30, batch_size=4, ours=False)
     monkeypatch.setitem(speedrun.RECIPES, "cpu", (long, dataclasses.replace(long, max_steps=1, ours=True)))

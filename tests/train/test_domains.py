@@ -44,20 +44,20 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def settings(out_dir: Path, sources: list[Path], data: dict[str, Any] | None = None, **changes: Any) -> Pretrain:
-    start = Pretrain(
-        out_dir=str(out_dir),
-        model=preset("tiny", vocab_size=300),
-        data=DataConfig(sources=tuple(map(str, sources)), **(data or {})),
-        optim=OptimConfig(learning_rate=0.01, warmup_steps=4),
-        max_steps=12,
-        batch_size=4,
-        eval_interval=6,
-        save_interval=6,
-        device="cpu",
-        precision="fp32",
-        compile="off",
-    )
-    return dataclasses.replace(start, **changes)
+    values: dict[str, Any] = {
+        "out_dir": str(out_dir),
+        "model": preset("tiny", vocab_size=300),
+        "data": DataConfig(sources=tuple(map(str, sources)), **(data or {})),
+        "optim": OptimConfig(learning_rate=0.01, warmup_steps=4),
+        "max_steps": 12,
+        "batch_size": 4,
+        "eval_interval": 6,
+        "save_interval": 6,
+        "device": "cpu",
+        "precision": "fp32",
+        "compile": "off",
+    }
+    return Pretrain(**{**values, **changes})
 
 
 def identical(a: Path, b: Path) -> bool:
