@@ -84,8 +84,11 @@ def noisy(count: int, seed: int = 0) -> Iterator[float]:
 def test_noise_is_no_spike_and_a_spike_is() -> None:
     spikes = Spikes(8.0)
     assert not any(spikes.sees(loss) for loss in noisy(500))
+    found = [Spikes(8.0, noisy(100, seed)).typical() for seed in range(50)]
+    medians, deviations = ([pair[n] for pair in found] for n in (0, 1))
+    assert sum(medians) / 50 == pytest.approx(3.0, abs=0.01)
+    assert sum(deviations) / 50 == pytest.approx(0.1, rel=0.05)  # the noise's standard deviation
     median, deviation = spikes.typical()
-    assert median == pytest.approx(3.0, abs=0.05) and deviation == pytest.approx(0.1, rel=0.3)
     assert not spikes.sees(median + 7.9 * deviation)
     assert spikes.sees(spikes.typical()[0] + 8.1 * spikes.typical()[1])
     assert not spikes.sees(0.1)  # a fall is none
@@ -102,6 +105,7 @@ def test_a_spike_does_not_count_as_seen() -> None:
 def test_the_first_losses_and_zero_deviations_see_nothing() -> None:
     spikes = Spikes(8.0)
     assert [spikes.sees(loss) for loss in (1.0, 1e6, *noisy(17), 1e9)] == [False] * 20
+    assert [Spikes(8.0, noisy(count)).sees(1e9) for count in (19, 20)] == [False, True]
     off = Spikes(0.0, noisy(100))
     assert not off.sees(1e9)
 

@@ -304,7 +304,7 @@ def test_one_process_is_a_job_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (ranks.is_first, ranks.world, ranks.data_world, ranks.gone()) == (True, 1, 1, [])
         assert ranks.total([1.0, 2.0]) == [1.0, 2.0] and ranks.gather("x") == ["x"] and ranks.first(lambda: 3) == 3
     with (
-        pytest.raises(UserError, match="tensor_parallel is 2, but there is one process"),
+        pytest.raises(UserError, match="tensor_parallel is 2, "),
         joined(ParallelConfig(tensor_parallel=2)),
     ):
         pass
@@ -372,7 +372,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-LONG = 150
+LONG = 80
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def long_alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def long_run(out_dir: Path, text: Path) -> Pretrain:
     optimizer = OptimConfig(learning_rate=1e-3, warmup_steps=4)
-    return settings(out_dir, text, 4, 1, max_steps=LONG, save_interval=20, eval_interval=0, optim=optimizer)
+    return settings(out_dir, text, 4, 1, max_steps=LONG, save_interval=10, eval_interval=0, optim=optimizer)
 
 
 def test_a_mistake_ends_the_job_with_one_message(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_mistake_ends_the_job_with_one_message(tmp_path: Path) -> None:
 def test_a_killed_rank_ends_the_job_and_is_named(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with command(2, long_run(run, text), tmp_path) as job:
-        wait_for_step(run, 50, job)
+        wait_for_step(run, 25, job)
         victim = worker_of(job, 1)
         os.kill(victim, signal.SIGKILL)
         assert job.wait(60) not in (0, None)
@@ -410,7 +410,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(text: Path, tmp_path: Path) -> 
 def test_torchrun_takes_a_run_up_again_by_itself(text: Path, tmp_path: Path, long_alone: Path) -> None:
     run = tmp_path / "run"
     with command(2, long_run(run, text), tmp_path, "--max-restarts", "1") as job:
-        wait_for_step(run, 50, job)
+        wait_for_step(run, 25, job)
         os.kill(worker_of(job, 0), signal.SIGKILL)  # the one that writes
         assert job.wait(SECONDS) == 0
     ours, theirs = read_log(run), read_log(long_alone)
