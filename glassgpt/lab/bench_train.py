@@ -244,7 +244,7 @@ def _show(result: Result) -> None:
         return
     config = result.config
     title = (
-        f"{config.preset}, {result.parameters / 1e6:.1f} M parameters, {config.batch_size} x {config.context_tokens} tokens a step,"
+        f"{config.preset}, {result.parameters / 1e6:.1f} M parameters, {config.batch_size} x {config.context_tokens} tokens,"
         f" vocabulary {result.vocab_size:,}, {result.threads} threads"
     )
     table = Table("system", title=title, title_justify="left", box=None, pad_edge=False)

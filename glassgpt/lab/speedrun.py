@@ -57,14 +57,14 @@ NANO_GPU = Recipe(
 """nanoGPT's config/train_shakespeare_char.py."""
 OURS_CPU = Recipe(
     NANO_CPU.model,
-    OptimConfig(optimizer="muon", learning_rate=1e-2, schedule="linear", final_share=0.0, warmup_steps=20),
-    max_steps=500,
-    batch_size=8,
+    OptimConfig(optimizer="muon", learning_rate=1.5e-2, momentum=0.9, schedule="linear", final_share=0.0, warmup_steps=0),
+    max_steps=330,
+    batch_size=16,
 )
 OURS_GPU = Recipe(
     dataclasses.replace(NANO_GPU.model, dropout=0.0),
-    OptimConfig(optimizer="muon", learning_rate=1e-2, schedule="linear", final_share=0.0, warmup_steps=20),
-    max_steps=400,
+    OptimConfig(optimizer="muon", learning_rate=1e-2, momentum=0.9, schedule="linear", final_share=0.0, warmup_steps=0),
+    max_steps=100,
     batch_size=16,
 )
 RECIPES = {"cpu": (NANO_CPU, OURS_CPU), "gpu": (NANO_GPU, OURS_GPU)}
@@ -143,7 +143,9 @@ def ablations(mine: Recipe, theirs: Recipe) -> dict[str, Recipe]:
         "Muon (AdamW at 5e-3)": change(mine, optim=change(mine.optim, optimizer="adamw", learning_rate=5e-3)),
         "the high rate (1e-3)": change(mine, optim=change(mine.optim, learning_rate=1e-3)),
         "the fall to zero (cosine to a tenth)": change(mine, optim=change(mine.optim, schedule="cosine", final_share=0.1)),
-        "small batches (the baseline's, as many tokens)": change(
+        "starting at full rate (20 steps of warm-up)": change(mine, optim=change(mine.optim, warmup_steps=20)),
+        "the shorter momentum (0.95)": change(mine, optim=change(mine.optim, momentum=0.95)),
+        "its batch (the baseline's, as many tokens)": change(
             mine, batch_size=theirs.batch_size, max_steps=mine.max_steps * mine.batch_size // theirs.batch_size
         ),
         "fast attention, loss and precision": change(mine, ours=False),
