@@ -3,6 +3,6 @@
 from glassgpt.data import corpus, shards
 from glassgpt.data.corpus import Corpus
 from glassgpt.data.sources import EMBEDDED, documents
-from glassgpt.data.stream import Batch, Place, Stream, Windows, in_order
+from glassgpt.data.stream import Batch, InOrder, Place, Stream, Windows
 
-__all__ = ["EMBEDDED", "Batch", "Corpus", "Place", "Stream", "Windows", "corpus", "documents", "in_order", "shards"]
+__all__ = ["EMBEDDED", "Batch", "Corpus", "InOrder", "Place", "Stream", "Windows", "corpus", "documents", "shards"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -156,22 +156,33 @@ def _turns(shares: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     return turn, before
 
 
-def in_order(arrays: Sequence[np.ndarray], context_tokens: int, batch_size: int, end_id: int | None = None) -> list[Batch]:
+class InOrder(Sequence[Batch]):
     """Every array once, front to back, each target in one window: for validation. An array's rest is a shorter window.
 
-    Raises UserError when the text has fewer than two tokens.
+    A batch is read when it is asked for. Raises UserError when the text has fewer than two
+    tokens.
     """
-    T = context_tokens
-    rows = [array[start : start + T + 1] for array in arrays for start in range(0, len(array) - 1, T)]
-    if not rows:
-        raise UserError("the held-out text has fewer than two tokens; give more text or a larger data.holdout_share")
-    batches = []
-    for _, group in groupby(rows, key=len):  # only rows of one length make a tensor
-        alike = list(group)
-        for first in range(0, len(alike), batch_size):
-            window = torch.from_numpy(np.stack(alike[first : first + batch_size]).astype(np.int64))  # (B, T + 1)
-            batches.append(apart(window, end_id))
-    return batches
+
+    def __init__(
+        self, arrays: Sequence[np.ndarray], context_tokens: int, batch_size: int, end_id: int | None = None
+    ) -> None:
+        T = context_tokens
+        rows = [array[start : start + T + 1] for array in arrays for start in range(0, len(array) - 1, T)]
+        if not rows:
+            raise UserError("the held-out text has fewer than two tokens; give more text or a larger data.holdout_share")
+        alike = [list(group) for _, group in groupby(rows, key=len)]  # only rows of one length make a tensor
+        self._groups = [group[first : first + batch_size] for group in alike for first in range(0, len(group), batch_size)]
+        self._end_id = end_id
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        return apart(torch.from_numpy(np.stack(self._groups[index]).astype(np.int64)), self._end_id)  # (B, T + 1)
+
+    def every(self, apart: int) -> Iterator[Batch]:
+        """Each batch whose number `apart` divides, one at a time."""
+        return (self[number] for number in range(0, len(self), apart))
 
 
 @lru_cache(maxsize=64)

@@ -104,7 +104,9 @@ def _time_ours(model: GPT, prompts: torch.Tensor, new_tokens: int) -> tuple[list
 def hf_peer(model: GPT | None, shape: ModelConfig) -> Any:
     """`transformers`' GPT-2 with the same weights (None: only its shape). Raises UserError when it is not installed."""
     try:
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2Config, GPT2LMHeadModel, logging
+
+        logging.set_verbosity_error()
     except ImportError as error:
         raise UserError("the peer `transformers` is not installed; pip install 'glassgpt[bench]'") from error
     values = weights.config_to_hf(shape, end_id=None, dtype=torch.float32)

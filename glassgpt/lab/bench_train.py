@@ -25,6 +25,8 @@ from glassgpt.train import machine, optim, parallel
 from glassgpt.train.loss import Scored
 
 SMALL = ModelConfig(vocab_size=8192, context_tokens=256, n_layer=6, n_head=6, width=384, dropout=0.0)
+TURN_SECONDS = 3.0
+"""A turn is at least one step, and goes on for so long."""
 NOISY = 0.25
 """Quartiles further apart than this share of the median: the machine was not quiet enough to compare on."""
 
@@ -153,9 +155,11 @@ def _worker(pipe: Connection, system: str, values: dict[str, Any], config: Bench
         pipe.send({"first": first})
         seconds = []
         while pipe.recv() == "step":
-            start = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - start)
+            step()  # the caches are the previous system's
+            end = time.perf_counter() + TURN_SECONDS
+            while (start := time.perf_counter()) < end:
+                step()
+                seconds.append(time.perf_counter() - start)
             pipe.send({})
         peak = machine.memory_bytes(device) - before
         pipe.send(asdict(Timing(precision, first, seconds, peak, loss)))

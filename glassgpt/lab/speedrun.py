@@ -231,7 +231,8 @@ def chart(result: Result, out: Path) -> list[Path]:
             )
     goal = statistics.mean(outcome.val_loss for outcome in result.baseline)
     axes.axhline(goal, color="#888888", linewidth=0.8, linestyle="--")
-    axes.annotate(f"the baseline's end: {goal:.3f}", (axes.get_xlim()[1], goal), ha="right", va="bottom", color="#666666")
+    middle = sum(axes.get_xlim()) / 2
+    axes.annotate(f"the baseline's end: {goal:.3f}", (middle, goal), ha="right", va="bottom", color="#666666")
     axes.set(xlabel="seconds of training", ylabel="held-out loss (nats per character)", title="Time to loss on the same machine")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

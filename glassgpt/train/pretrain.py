@@ -87,7 +87,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     optimizers = optim.build(model, config.optim)
     stream = corpus.stream(shape.context_tokens, batch_size, accumulation_steps, ranks.data_world, config.seed, end_id)
     held_out = {
-        domain.name: data.in_order(domain.shards.tokens("val"), shape.context_tokens, config.batch_size, end_id)
+        domain.name: data.InOrder(domain.shards.tokens("val"), shape.context_tokens, config.batch_size, end_id)
         for domain in corpus.domains
     }
     byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=device)
@@ -201,7 +201,7 @@ def resume_command(run: Path) -> str:
 
 def _validate(
     trained: nn.Module,
-    held_out: dict[str, list[data.Batch]],
+    held_out: dict[str, data.InOrder],
     corpus: Corpus,
     config: Pretrain,
     byte_lengths: torch.Tensor,
@@ -214,7 +214,7 @@ def _validate(
     domains = {}
     for name, batches in held_out.items():
         apart = 1 if whole else -(-len(batches) // config.eval_batches)
-        domains[name] = measure(trained, batches[::apart], byte_lengths, low_precision, ranks)
+        domains[name] = measure(trained, batches.every(apart), byte_lengths, low_precision, ranks)
     own = [domains[domain.name] for domain in corpus.domains if domain.stage == corpus.stage]
     tokens = sum(part["tokens"] for part in own)
     entry: dict[str, Any] = {

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glassgpt.config import UserError
-from glassgpt.data import Batch, Stream, Windows, in_order
+from glassgpt.data import Batch, InOrder, Stream, Windows
 from glassgpt.data.stream import PERIOD, _turns, apart
 
 T = 8
@@ -216,12 +216,12 @@ def test_documents_are_numbered_by_hand() -> None:
 def test_stream_and_validation_keep_documents_apart() -> None:
     array = np.array([1, 2, 0] * 40, dtype=np.uint16)
     stream = Stream([Windows([array], T, (0,))], [1.0], batch_size=6, end_id=0)
-    for batch in (stream.batch(3), *in_order([array], T, 4, end_id=0)):
+    for batch in (stream.batch(3), *InOrder([array], T, 4, end_id=0)):
         ends = (batch.ids == 0).long()
         for ids, segments in zip(batch.ids.tolist(), torch.as_tensor(batch.segments).tolist(), strict=True):
             assert segments == [sum(i == 0 for i in ids[:t]) for t in range(len(ids))]
         assert ends.any()
-    assert all(batch.segments is None for batch in in_order([array], T, 4))
+    assert all(batch.segments is None for batch in InOrder([array], T, 4))
 
 
 # ---------------------------------------------------------------------- validation
@@ -230,7 +230,7 @@ def test_stream_and_validation_keep_documents_apart() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("context_tokens", [1, 8, 500])
 def test_in_order_covers_each_target_once(context_tokens: int, batch_size: int) -> None:
-    batches = in_order(ARRAYS, context_tokens, batch_size)
+    batches = InOrder(ARRAYS, context_tokens, batch_size)
     for batch in batches:
         assert torch.equal(batch.targets, batch.ids + 1)
         assert batch.ids.size(0) <= batch_size and batch.ids.size(1) <= context_tokens
@@ -241,4 +241,4 @@ def test_in_order_covers_each_target_once(context_tokens: int, batch_size: int) 
 def test_in_order_needs_a_target() -> None:
     for arrays in ([], [np.arange(1)]):
         with pytest.raises(UserError, match="fewer than two tokens"):
-            in_order(arrays, T, 4)
+            InOrder(arrays, T, 4)

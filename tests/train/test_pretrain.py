@@ -23,7 +23,7 @@ import torch
 
 from glassgpt.config import DataConfig, OptimConfig, Pretrain, UserError, preset
 from glassgpt.config.files import read_yaml
-from glassgpt.data import Batch, Stream, Windows, corpus, in_order
+from glassgpt.data import Batch, InOrder, Stream, Windows, corpus
 from glassgpt.loading import complete_checkpoints
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
@@ -453,7 +453,7 @@ def test_bits_per_byte_by_hand() -> None:
     byte_lengths = [1, 2, 5, 0]  # id 3 is the end of a text: it costs bits and stands for no byte
     text_bytes = 1 + 1 + 2 + 5 + 1 + 0 + 2
     for context_tokens, batch_size in ((7, 1), (3, 1), (3, 2), (1, 4)):
-        found = validate(model, in_order([array], context_tokens, batch_size), byte_lengths)
+        found = validate(model, InOrder([array], context_tokens, batch_size), byte_lengths)
         assert found["loss"] == pytest.approx(bits * math.log(2) / 7, rel=1e-12)
         assert found["bits_per_byte"] == pytest.approx(bits / text_bytes, rel=1e-12)
         assert found["tokens"] == 7
@@ -464,7 +464,7 @@ def test_an_untrained_head_costs_the_logarithm_of_the_vocabulary(tokenizer: Toke
     torch.nn.init.zeros_(model.head.weight)
     text = "Tiếng Việt 🌍, and the cat sat on the mat."
     ids = np.array([tokenizer.end_id, *tokenizer.encode(text)])
-    found = validate(model, in_order([ids], 32, 4), tokenizer.byte_lengths())
+    found = validate(model, InOrder([ids], 32, 4), tokenizer.byte_lengths())
     assert found["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
     expected = (len(ids) - 1) * math.log2(tokenizer.vocab_size) / len(text.encode())
     assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
@@ -472,7 +472,7 @@ def test_an_untrained_head_costs_the_logarithm_of_the_vocabulary(tokenizer: Toke
 
 def test_validation_switches_dropout_off_and_training_on_again() -> None:
     scored = Scored(GPT(dataclasses.replace(SHAPE, dropout=0.5)))
-    batches = in_order([np.arange(100)], 32, 2)
+    batches = InOrder([np.arange(100)], 32, 2)
     for training in (True, False):
         scored.train(training)
         assert validate(scored, batches, [1] * 300) == validate(scored, batches, [1] * 300)
