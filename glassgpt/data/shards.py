@@ -20,6 +20,7 @@ FEW_DOCUMENTS = 40
 SPLITS = ("train", "val")
 SHARD_TOKENS = 50_000_000
 DOCUMENTS_AT_ONCE = 256
+CHARACTERS_AT_ONCE = 2**22
 MANIFEST = "manifest.json"
 
 
@@ -89,7 +90,7 @@ def write(
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     splits = {split: _Split(folder, split, shard_tokens) for split in SPLITS}
     parted = hold_out(documents, holdout_share)
-    while some := list(itertools.islice(parted, DOCUMENTS_AT_ONCE)):
+    while some := _group(parted):
         for (split, text), ids in zip(some, tokenizer.encode_batch([text for _, text in some]), strict=True):
             splits[split].add(np.array([*ids, tokenizer.end_id], dtype=dtype), len(text.encode()))
     if not splits["val"].documents:  # with any document at all, one is held out
@@ -108,6 +109,17 @@ def write(
         manifest[f"{name}_bytes"] = written.bytes
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return Shards(folder, manifest)
+
+
+def _group(parted: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The next few documents, of bounded size together, to be tokenised on all cores at once."""
+    group, characters = [], 0
+    for split, text in parted:
+        group.append((split, text))
+        characters += len(text)
+        if len(group) == DOCUMENTS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
+            break
+    return group
 
 
 class _Split:

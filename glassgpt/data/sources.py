@@ -29,7 +29,7 @@ EMBEDDED = "embedded"
 HUB = "hf:"
 HUB_GRAMMAR = "hf:OWNER/NAME[@CONFIG][:SPLIT], or hf:./FOLDER[@CONFIG][:SPLIT] for data files on this machine"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-LARGEST_DOCUMENT_CHARACTERS = 64 * 2**20
+LARGEST_DOCUMENT_CHARACTERS = 2**20
 READ_BYTES = 2**20
 PARQUET_ROWS = 64  # a batch; a row can be a whole book
 
@@ -43,7 +43,7 @@ def documents(sources: Iterable[str]) -> Iterator[str]:
     configuration unless they are given, and `hf:./FOLDER` a folder that `datasets` understands; `embedded` is Python's own
     documentation. Only an `hf:` source touches the network.
 
-    In a text file a document of more than 64 Mi characters is parted at the last line end before that (there, when it has
+    In a text file a document of more than 1 Mi characters is parted at the last line end before that (there, when it has
     none), so memory stays bounded. Files and folders are looked up before anything is read.
     Raises UserError naming the file and line or row of anything unreadable.
     """

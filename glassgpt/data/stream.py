@@ -163,9 +163,7 @@ class InOrder(Sequence[Batch]):
     tokens.
     """
 
-    def __init__(
-        self, arrays: Sequence[np.ndarray], context_tokens: int, batch_size: int, end_id: int | None = None
-    ) -> None:
+    def __init__(self, arrays: Sequence[np.ndarray], context_tokens: int, batch_size: int, end_id: int | None = None) -> None:
         T = context_tokens
         rows = [array[start : start + T + 1] for array in arrays for start in range(0, len(array) - 1, T)]
         if not rows:

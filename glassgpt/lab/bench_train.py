@@ -85,6 +85,7 @@ def bench_train(config: BenchTrain) -> Result:
     if any(not system.startswith("ours") for system in config.systems):
         hf_peer(None, shape)  # says what is missing before anything is timed
     threads = config.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)  # the peak is that of as many threads as the systems get
     precisions = ("fp32", "bf16") if machine.multiplies_bf16(device) else ("fp32",)
     peak = {precision: machine.peak_flops(device, precision) for precision in precisions}
     spawn = get_context("spawn")
@@ -116,6 +117,8 @@ def bench_train(config: BenchTrain) -> Result:
     finally:
         for process in processes:
             process.terminate()
+    machine.peak_flops.cache_clear()  # measured again, as the machine may not have been quiet
+    peak = {precision: max(rate, machine.peak_flops(device, precision)) for precision, rate in peak.items()}
     shape = ModelConfig(**values)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(shape).parameters())

@@ -28,7 +28,7 @@ from glassgpt.train.run import LOG_FILE, read_log
 REPORT_FILE = "chaos.json"
 POLL_SECONDS = 0.002
 START_SECONDS = 120.0
-"""A child that has not written a step by then has failed to start."""
+"""A child that has logged no further step for so long has failed."""
 RUN_FILES = ("calm", "stormy")
 
 
@@ -44,19 +44,22 @@ class Child:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
-        self.errors = run.parent / "stderr.txt"
+        self.run, self.errors = run, run.parent / "stderr.txt"
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(arguments, stderr=errors, stdout=subprocess.DEVNULL, preexec_fn=limit)
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
         """Whether the condition came true while the child lived."""
-        end = time.monotonic() + START_SECONDS
+        end, seen = time.monotonic() + START_SECONDS, 0
         while time.monotonic() < end:
             if condition():
                 return True
             if self.process.poll() is not None:
                 return False
+            if (steps := steps_logged(self.run)) > seen:
+                end, seen = time.monotonic() + START_SECONDS, steps
             time.sleep(POLL_SECONDS)
+        self.process.kill()
         raise UserError(f"chaos: the child does not get on; its errors are in {self.errors}")
 
 
@@ -70,10 +73,12 @@ def chaos(config: Pretrain) -> Path:
     out, console = Path(config.out_dir), Console(stderr=True)
     if out.exists():
         raise UserError(f"{out} exists already; chaos needs a folder of its own")
-    out.mkdir(parents=True)
-    calm, stormy = (out / name for name in RUN_FILES)
     if not config.save_interval:
         raise UserError("chaos needs a save_interval above 0: without checkpoints there is nothing to resume from")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("chaos kills runs of one process; start it without torchrun")
+    out.mkdir(parents=True)
+    calm, stormy = (out / name for name in RUN_FILES)
     asked = out / "config.yaml"
     write_yaml(asked, dataclasses.replace(config, chaos=0, resume=False, out_dir=str(calm)))
     console.print(f"the calm run: {config.max_steps} steps", highlight=False)
@@ -168,7 +173,7 @@ def kill_inside_save(file: Path, run: Path, goal: int, draw: random.Random) -> b
     """`kill -9` while a checkpoint is being written: as soon as its hidden folder is there, or a moment later."""
     child = Child(file, run)
     child.wait_for(lambda: steps_logged(run) > goal)
-    saving = child.wait_for(lambda: any((run / "checkpoints").glob(".tmp-step-*")))
+    saving = child.wait_for(lambda: any((run / "checkpoints").glob(f".tmp-step-*-{child.process.pid}")))
     time.sleep(draw.choice([0, 0.001, 0.003, 0.01]))
     return _end(child, signal.SIGKILL) and saving
 

@@ -77,12 +77,16 @@ def save(
 
 
 def _write_parts(folder: Path, own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors = {f"{MODEL}{name}": tensor for name, tensor in own.items()}
     tensors |= {f"{OPTIMIZER}{name}": _at_least_1d(tensor) for name, tensor in state.items()}
-    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / weights.SHARDED), save_distributed=True))
+    try:
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / weights.SHARDED), save_distributed=True))
+    except CheckpointException as error:  # no Exception to Python
+        raise UserError(f"cannot write {folder}: {first_line(error)}; nothing that was there before has changed") from error
 
 
 def prune(run: Path, keep: int) -> None:
@@ -99,8 +103,8 @@ def prune(run: Path, keep: int) -> None:
 def best(complete: list[Path]) -> Path | None:
     """The checkpoint with the lowest held-out loss, None when none has been measured."""
     losses = {folder: json.loads((folder / COMPLETE_FILE).read_text()).get("val_loss", math.inf) for folder in complete}
-    found = min(losses, key=lambda folder: losses[folder], default=None)
-    return found if found is not None and losses[found] < math.inf else None
+    losses = {folder: loss for folder, loss in losses.items() if math.isfinite(loss)}
+    return min(losses, key=lambda folder: losses[folder], default=None)
 
 
 def restore(folder: Path, model: GPT, optimizers: list[Optimizer]) -> int:

@@ -63,19 +63,20 @@ class Spikes:
         return median, max(deviation, 1e-3 * abs(median), 1e-12)
 
     def sees(self, loss: float) -> bool:
-        """Whether this loss is a spike. One that is not counts as seen from now on."""
-        if self._deviations and math.isfinite(loss) and len(self._losses) >= FEWEST_STEPS:
+        """Whether this loss is a spike. It counts as seen from now on, so that a loss that stays high is soon typical."""
+        if not math.isfinite(loss):
+            return False
+        is_spike = False
+        if self._deviations and len(self._losses) >= FEWEST_STEPS:
             median, deviation = self.typical()
-            if loss > median + self._deviations * deviation:
-                return True
-        if math.isfinite(loss):
-            self._losses.append(loss)
-        return False
+            is_spike = loss > median + self._deviations * deviation
+        self._losses.append(loss)
+        return is_spike
 
 
 def describe(places: Iterable[Place], losses: Iterable[float], corpus: Corpus, tokenizer: Tokenizer) -> str:
     """The worst row of a step: which shard, which token, and how its text begins."""
-    loss, place = max(zip(losses, places, strict=True), key=lambda pair: -math.inf if math.isnan(pair[0]) else pair[0])
+    loss, place = max(zip(losses, places, strict=True), key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
     domain = corpus.trained(place.domain)
     array = domain.shards.tokens("train")[place.array]
     text = tokenizer.decode(array[place.start : place.start + SHOWN_CHARACTERS].tolist())[:SHOWN_CHARACTERS]

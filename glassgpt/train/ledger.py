@@ -20,7 +20,7 @@ def read(run: Path) -> list[Row]:
 
 
 def write(run: Path, rows: list[Row]) -> None:
-    """Replace the ledger whole, its table and its chart."""
+    """Replace the ledger whole."""
     aside = run / f".{LEDGER_FILE}.tmp"
     aside.write_text(json.dumps(rows, indent=1))
     aside.replace(run / LEDGER_FILE)

@@ -41,9 +41,10 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Loss:
     """`token_loss(hidden @ weight.T, targets)` without ever holding all logits: hidden (B, T, D), weight (V, D), targets (B, T).
 
     A chunk of positions at a time makes its logits, their loss and, at once, the gradients of hidden and weight, so no
-    logit outlives its chunk: the memory is CHUNK_LOGITS numbers three times over, where the plain loss holds B * T * V three
-    times. (The idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024.)
+    logit outlives its chunk: the memory is CHUNK_LOGITS numbers three times over and the gradient of the weight, where the plain
+    loss holds B * T * V numbers three times. (The idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024.)
     """
+    weight = weight if torch.is_grad_enabled() else weight.detach()  # whose gradient would be computed for nothing
     return Loss(_HeadLoss.apply(hidden, weight, targets), (targets != IGNORE).sum())
 
 

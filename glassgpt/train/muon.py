@@ -22,7 +22,7 @@ class Muon(Optimizer):
     """`torch.optim.Muon` with `match_rms_adamw`, with two differences.
 
     Matrices of one shape are stacked and orthogonalised by batched products: the same numbers with fewer, larger operations
-    (docs/results.md has the gain). A matrix whose name is in `fused` is several maps one above the other and is parted first,
+    (docs/results.md has the gain). A matrix that `parts` says holds several maps one above the other is parted first,
     as a step that is orthogonal over q, k and v together is orthogonal for none of them. Sharded parameters (FSDP) are
     gathered for it, so the step does not depend on the number of ranks.
     """
@@ -35,7 +35,7 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         parts: Callable[[Tensor], int] = lambda _: 1,
     ) -> None:
-        """`parts(parameter)` says how many square maps lie one above the other in it."""
+        """`parts(parameter)` says how many maps lie one above the other in it."""
         super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self._parts = parts
 
@@ -74,4 +74,3 @@ def orthogonal(matrices: Tensor) -> Tensor:
         gram = x @ x.mT  # (..., small, small)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
-

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -69,6 +70,7 @@ class Ranks:
                 outcome[0] = function()
             except Exception as error:
                 failure, outcome[1] = error, str(error)
+                error.own = True  # type: ignore[attr-defined]  # no other rank's end is to blame
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if failure is not None:
             raise failure
@@ -78,7 +80,7 @@ class Ranks:
 
     def total(self, values: list[float]) -> list[float]:
         """Sums over the ranks that share the data, in float64."""
-        if self.data_world == 1:
+        if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
@@ -120,16 +122,18 @@ def joined(config: ParallelConfig, device: str) -> Iterator[Ranks]:
     if config.tensor_parallel not in (1, world) and config.strategy != "fsdp":
         raise UserError("tensor parallelism beside data parallelism needs --parallel.strategy fsdp")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)  # before anything is allocated, or every rank opens the first GPU
     here = pick_device(device)
     if here.type == "cuda":
         here = torch.device("cuda", local_rank)
-        torch.cuda.set_device(here)
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     # torchrun's store outlives a restart, and in it lie the addresses of the ranks before: each attempt gets keys of its own
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # a rank that ends is noticed at once; the limit is for what takes long, such as rank 0 tokenising for all
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(days=2))
     try:
         shape = (world // config.tensor_parallel, config.tensor_parallel)
         mesh = init_device_mesh(here.type, shape, mesh_dim_names=("data", "tensor"))

@@ -103,7 +103,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
         tracked = config.track if ranks.is_first else ()
         trackers = stack.enter_context(contextlib.closing(Trackers(tracked, run, to_plain(config))))
         progress = stack.enter_context(Progress(run.name, config.max_steps, step) if ranks.is_first else Silent())
-        spikes = guard.Spikes(config.spike_deviations, [e["loss"] for e in log.before if not e.get("spike")])
+        spikes = guard.Spikes(config.spike_deviations, [entry["loss"] for entry in log.before])
         step_tokens = config.batch_size * config.accumulation_steps * shape.context_tokens
         progress.say(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks.world} x {device}, {config.precision}"
@@ -184,13 +184,12 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
                 if stop.signal == signal.SIGINT:
                     raise KeyboardInterrupt
                 return run
-        if config.start and ranks.is_first:
-            rows = ledger.add(ledger.read(run), run.name, entry["domains"])
+        if ranks.is_first:
+            rows = ledger.add(ledger.read(run) if config.start else [], run.name, _domains(entry, corpus))
             ledger.write(run, rows)
-            ledger.plot(run, rows)
-            progress.show(ledger.table(rows))
-        elif ranks.is_first:
-            ledger.write(run, [{"after": run.name, "domains": _domains(entry, corpus)}])
+            if config.start:
+                ledger.plot(run, rows)
+                progress.show(ledger.table(rows))
     return run
 
 
@@ -286,8 +285,10 @@ def _lost_rank(run: Path, ranks: Ranks, error: Exception) -> UserError | None:
 
     None when the error is this rank's own.
     """
+    if ranks.world == 1 or getattr(error, "own", False):
+        return None
     gone = ranks.gone()
-    for _ in range(20 * (ranks.world > 1 and not gone)):
+    for _ in range(20 * (not gone)):
         time.sleep(0.1)
         gone = ranks.gone()
     if not gone and "onnection" not in str(error):

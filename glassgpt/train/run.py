@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from glassgpt.config import UserError
+from glassgpt.config.errors import first_line
 
 LOG_FILE = "log.jsonl"
 PLAIN_LINE_SECONDS = 10.0
@@ -139,7 +141,9 @@ class Mean:
         self._decay, self._sum, self._weight = decay, 0.0, 0.0
 
     def add(self, value: float) -> float:
-        """The mean with this value in it."""
+        """The mean with this value in it; one that is not finite is passed over."""
+        if not math.isfinite(value):
+            return self._sum / self._weight if self._weight else 0.0
         self._sum = self._decay * self._sum + (1 - self._decay) * value
         self._weight = self._decay * self._weight + (1 - self._decay)
         return self._sum / self._weight
@@ -167,6 +171,8 @@ class Trackers:
                 getattr(self, f"_open_{name}")(run, config)
             except ImportError as error:
                 raise UserError(f"the tracker {name} is not installed; pip install 'glassgpt[track]'") from error
+            except Exception as error:  # no key, no network: whatever the package raises
+                raise UserError(f"the tracker {name} cannot be opened: {first_line(error)}") from error
 
     def _open_tensorboard(self, run: Path, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
