@@ -97,7 +97,7 @@ def flops_per_token(config: ModelConfig, context_tokens: int) -> int:
 
 @functools.cache
 def peak_flops(device: torch.device, precision: str) -> float:
-    """The rate of this machine's matrix product, FLOP/s, measured: the best of two dozen products of 1024 x 1024 (8192 on a GPU)."""
+    """The rate of this machine's matrix product in FLOP/s: the best of two dozen, 1024 x 1024 (8192 x 8192 on a GPU)."""
     size = 1024 if device.type == "cpu" else 8192
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
