@@ -21,6 +21,7 @@ from glassgpt.loading import export, find_config, load
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint, optim
+from glassgpt.train.parallel import Ranks
 
 SHAPE = ModelConfig(vocab_size=300, context_tokens=32, n_layer=2, n_head=2, width=16, mlp_width=48, norm_eps=1e-4)
 UNTIED = ModelConfig(vocab_size=310, context_tokens=32, n_layer=1, n_head=4, width=16, tied_head=False)
@@ -61,7 +62,7 @@ def save_step(run: Path, step: int, tokenizer: Tokenizer) -> GPT:
     """The model of a step is random with the step as its seed."""
     model = random_model(seed=step)
     optimizers = optim.build(model, OptimConfig())
-    checkpoint.save(run, step, model, optimizers, tokenizer, {"loss": 1.0})
+    checkpoint.save(run, step, model, optimizers, tokenizer, {"loss": 1.0}, Ranks(torch.device("cpu")))
     return model
 
 

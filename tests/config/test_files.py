@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from glassgpt.config import PRESETS, DataConfig, ModelConfig, OptimConfig, Pretrain, UserError, preset
+from glassgpt.config import PRESETS, DataConfig, ModelConfig, OptimConfig, ParallelConfig, Pretrain, UserError, preset
 from glassgpt.config.files import complete_folder, from_plain, read_yaml, to_plain, write_yaml
 
 # Every field differs from its default, so that a field which is not stored shows.
@@ -16,8 +16,9 @@ UNUSUAL = Pretrain(
     out_dir="runs/thử nghiệm",
     resume=True,
     model=ModelConfig(300, 48, n_layer=3, n_head=2, width=20, mlp_width=50, dropout=0.25, norm_eps=3e-6, tied_head=False),
-    data=DataConfig(sources=("a.txt", "b/"), tokenizer="tok", holdout_share=0.125),
-    optim=OptimConfig("muon", 3e-4, "linear", 0.0, 7, 0.01, 0.85, 0.99, 0.5),
+    start="runs/before",
+    data=DataConfig(("a.txt", "b/"), (3.0, 1.0), "tok", 0.125, deduplicate=True, mask_documents=True, replay_share=0.25),
+    optim=OptimConfig("muon", 3e-4, 0.5, 0.8, "linear", 0.75, 0.0, 7, 0.01, 0.85, 0.99, 0.5),
     max_steps=11,
     batch_size=3,
     accumulation_steps=2,
@@ -30,7 +31,13 @@ UNUSUAL = Pretrain(
     seed=12,
     device="cpu",
     precision="bf16",
-    compile=True,
+    compile="on",
+    checkpoint_activations=True,
+    parallel=ParallelConfig("fsdp", 2, sharded_checkpoints=True),
+    bad_steps="skip",
+    spike_deviations=5.0,
+    track=("tensorboard", "wandb"),
+    chaos=3,
 )
 
 
@@ -69,6 +76,7 @@ def test_what_is_not_given_stays(tmp_path: Path) -> None:
         optim=OptimConfig(learning_rate=1e-4),  # which YAML reads as text
         data=DataConfig(sources=("one.txt",)),
     )
+    path.write_text(path.read_text().replace("one.txt", "[one.txt, two.txt]"))
     on_top = read_yaml(path, Pretrain, default=UNUSUAL)
     assert (on_top.model.width, on_top.model.dropout, on_top.max_steps, on_top.seed) == (20, 0.5, 7, 12)
     path.write_text("# nothing but a comment\n")
