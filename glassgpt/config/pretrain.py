@@ -119,7 +119,8 @@ class Pretrain:
     """Continue the run in `out_dir` from its newest complete checkpoint, bit for bit."""
     start: str | None = None
     """Continue from the weights and with the tokenizer of this model (a run folder, or anything that `generate` takes) on new
-    data; its shape is kept. From a run, loss is reported on everything that run was trained on: what is forgotten shows."""
+    data; its shape is kept, but for model.dropout. From a run, loss is reported on everything that run was trained on: what is
+    forgotten shows."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["nano"])
     """The network; `--model NAME` starts from a preset, `--model.FIELD` changes one field."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -176,6 +177,8 @@ class Pretrain:
             raise UserError(f"spike_deviations must not be negative; got {self.spike_deviations}")
         if self.chaos < 0:
             raise UserError(f"chaos must not be negative; got {self.chaos}")
+        if self.start is not None and self.data.tokenizer is not None:
+            raise UserError("--start keeps the tokenizer of the model that it starts from; leave data.tokenizer out")
         if self.data.replay_share and self.start is None:
             raise UserError("data.replay_share needs --start RUN, the run whose data are to be replayed")
         if not self.sample_prompt:

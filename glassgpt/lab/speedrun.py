@@ -54,7 +54,7 @@ NANO_GPU = Recipe(
     batch_size=64,
     ours=False,
 )
-"""nanoGPT's config/train_shakespeare_char.py."""
+"""nanoGPT's config/train_shakespeare_char.py; here in float32 and eager on any device, as nanoGPT computes on a CPU."""
 OURS_CPU = Recipe(
     NANO_CPU.model,
     OptimConfig(optimizer="muon", learning_rate=1.5e-2, momentum=0.9, schedule="linear", final_share=0.0, warmup_steps=0),

@@ -45,8 +45,13 @@ class Child:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
         self.run, self.errors = run, run.parent / "stderr.txt"
+        self._log_before = _inode(run / LOG_FILE)
         with self.errors.open("wb") as errors:
             self.process = subprocess.Popen(arguments, stderr=errors, stdout=subprocess.DEVNULL, preexec_fn=limit)
+
+    def is_beyond(self, step: int) -> bool:
+        """Whether this child has logged more than `step` steps. It opens the log anew, after it has set its signal handlers."""
+        return _inode(self.run / LOG_FILE) != self._log_before and steps_logged(self.run) > step
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
         """Whether the condition came true while the child lived."""
@@ -133,6 +138,10 @@ def digest(run: Path) -> str:
     return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
 
 
+def _inode(path: Path) -> int:
+    return path.stat().st_ino if path.exists() else 0
+
+
 def steps_logged(run: Path) -> int:
     """Steps that the run's log shows."""
     entries = read_log(run)
@@ -148,7 +157,7 @@ def sigkill(file: Path, run: Path, goal: int, draw: random.Random) -> bool:
     if draw.random() < 0.25:
         time.sleep(draw.uniform(0, 3))
     else:
-        child.wait_for(lambda: steps_logged(run) > goal)
+        child.wait_for(lambda: child.is_beyond(goal))
         time.sleep(draw.uniform(0, 0.3))
     return _end(child, signal.SIGKILL)
 
@@ -156,7 +165,7 @@ def sigkill(file: Path, run: Path, goal: int, draw: random.Random) -> bool:
 def sigterm(file: Path, run: Path, goal: int, draw: random.Random) -> bool:
     """SIGTERM: the step that it is in is finished and saved, and the exit code is 0."""
     child = Child(file, run)
-    child.wait_for(lambda: steps_logged(run) > goal)
+    child.wait_for(lambda: child.is_beyond(goal))
     time.sleep(draw.uniform(0, 0.1))
     before = steps_logged(run)
     struck = child.process.poll() is None
@@ -172,7 +181,7 @@ def sigterm(file: Path, run: Path, goal: int, draw: random.Random) -> bool:
 def kill_inside_save(file: Path, run: Path, goal: int, draw: random.Random) -> bool:
     """`kill -9` while a checkpoint is being written: as soon as its hidden folder is there, or a moment later."""
     child = Child(file, run)
-    child.wait_for(lambda: steps_logged(run) > goal)
+    child.wait_for(lambda: child.is_beyond(goal))
     saving = child.wait_for(lambda: any((run / "checkpoints").glob(f".tmp-step-*-{child.process.pid}")))
     time.sleep(draw.choice([0, 0.001, 0.003, 0.01]))
     return _end(child, signal.SIGKILL) and saving

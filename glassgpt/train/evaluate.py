@@ -42,7 +42,8 @@ def measure(
         batch = group[ranks.data_rank] if ranks.data_rank < len(group) else _without_targets(group[0])
         ids, targets = batch.ids.to(ranks.device), batch.targets.to(ranks.device)
         segments = None if batch.segments is None else batch.segments.to(ranks.device)
-        with low_precision:
+        # not compiled: rows of another number or length would change the shapes that training is compiled for
+        with low_precision, torch.compiler.set_stance("force_eager"):
             nats += scored(ids, targets, segments).item()
         supervised = targets[targets != IGNORE]
         tokens += supervised.numel()

@@ -65,7 +65,7 @@ def pretrain(config: Pretrain) -> Path:
 def _train(config: Pretrain, ranks: Ranks) -> Path:
     run, device = Path(config.out_dir), ranks.device
     machine.keep_freed_memory()
-    config = ranks.first(lambda: open_run(run, config, device))
+    config = ranks.first(lambda: open_run(run, config, device, ranks.data_world))
     if ranks.world > 1:
         ranks.first(lambda: prepare(run, config.data, config.model.vocab_size, config.start) and None)
     tokenizer, corpus = prepare(run, config.data, config.model.vocab_size, config.start)
@@ -247,7 +247,10 @@ def sample(model: GPT, tokenizer: Tokenizer, config: Pretrain, ranks: Ranks) -> 
     def write() -> str:
         model.eval()
         prompts, tokens = [config.sample_prompt], SAMPLE_TOKENS
-        (completion,) = complete(model, tokenizer, prompts, SAMPLING, max_new_tokens=tokens, seed=config.seed, drop_oldest=True)
+        with torch.compiler.set_stance("force_eager"):  # the cache grows with each token: a shape a token to compile
+            (completion,) = complete(
+                model, tokenizer, prompts, SAMPLING, max_new_tokens=tokens, seed=config.seed, drop_oldest=True
+            )
         model.train()
         return completion.text
 
@@ -303,10 +306,10 @@ def _lost_rank(run: Path, ranks: Ranks, error: Exception) -> UserError | None:
     return told if is_first_left else parallel.QuietError(str(told))
 
 
-def open_run(run: Path, config: Pretrain, device: torch.device) -> Pretrain:
+def open_run(run: Path, config: Pretrain, device: torch.device, world: int = 1) -> Pretrain:
     """Make the run folder and write the resolved configuration, or check that a resumed one asks for the same run.
 
-    Returns the configuration with nothing left to choose: shape, precision, compilation.
+    Returns the configuration with nothing left to choose: shape, precision, compilation. `world` ranks share the data.
     """
     path = run / CONFIG_FILE
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and path.exists()  # by torchrun, after a rank ended
@@ -326,7 +329,7 @@ def open_run(run: Path, config: Pretrain, device: torch.device) -> Pretrain:
         raise UserError(f"{run} holds a run already; continue it with --resume, or choose another out_dir")
     if not path.exists() and run.exists() and any(run.iterdir()):
         raise UserError(f"{run} is not empty and holds no run; choose another out_dir")
-    resolved = _resolve(config, device)
+    resolved = _resolve(config, device, world)
     if path.exists():  # a start that failed before its first step: what it prepared may be of other sources
         (run / TOKENIZER_FILE).unlink(missing_ok=True)
         shutil.rmtree(run / SHARDS, ignore_errors=True)
@@ -338,7 +341,7 @@ def open_run(run: Path, config: Pretrain, device: torch.device) -> Pretrain:
     return resolved
 
 
-def _resolve(config: Pretrain, device: torch.device) -> Pretrain:
+def _resolve(config: Pretrain, device: torch.device, world: int) -> Pretrain:
     """The configuration with the starting model's shape and what was measured on this machine in place of `auto`."""
     shape: ModelConfig = config.model
     if config.start:
@@ -346,8 +349,10 @@ def _resolve(config: Pretrain, device: torch.device) -> Pretrain:
         shape = dataclasses.replace(shape, dropout=config.model.dropout)
     config = dataclasses.replace(config, model=shape)
     if "auto" in (config.precision, config.compile):
-        best, seconds = machine.faster_precision(shape, config.batch_size, device)
-        pays = machine.pays_to_compile(seconds, shape, config.max_steps * config.accumulation_steps, device)
+        rows = max(1, min(config.batch_size, config.batch_size * config.accumulation_steps // world))  # of a rank, at once
+        best, seconds = machine.faster_precision(shape, rows, device)
+        micro_batches = config.max_steps * config.batch_size * config.accumulation_steps // (rows * world)
+        pays = machine.pays_to_compile(seconds, shape, micro_batches, device)
         config = dataclasses.replace(
             config,
             precision=best if config.precision == "auto" else config.precision,
