@@ -177,8 +177,6 @@ class Pretrain:
             raise UserError(f"spike_deviations must not be negative; got {self.spike_deviations}")
         if self.chaos < 0:
             raise UserError(f"chaos must not be negative; got {self.chaos}")
-        if self.start is not None and self.data.tokenizer is not None:
-            raise UserError("--start keeps the tokenizer of the model that it starts from; leave data.tokenizer out")
         if self.data.replay_share and self.start is None:
             raise UserError("data.replay_share needs --start RUN, the run whose data are to be replayed")
         if not self.sample_prompt:

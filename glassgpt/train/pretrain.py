@@ -367,6 +367,8 @@ def prepare(run: Path, config: DataConfig, vocab_size: int, start: str | None = 
         tokenizer = Tokenizer.load(run)
         return tokenizer, data.corpus.read(run / SHARDS, tokenizer)
     earlier = None
+    if start and config.tokenizer is not None:
+        raise UserError("--start keeps the tokenizer of the model that it starts from; leave data.tokenizer out")
     if start:
         tokenizer = load(start)[1]
         before = Path(start)

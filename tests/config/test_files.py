@@ -17,7 +17,7 @@ UNUSUAL = Pretrain(
     resume=True,
     model=ModelConfig(300, 48, n_layer=3, n_head=2, width=20, mlp_width=50, dropout=0.25, norm_eps=3e-6, tied_head=False),
     start="runs/before",
-    data=DataConfig(("a.txt", "b/"), (3.0, 1.0), None, 0.125, deduplicate=True, mask_documents=True, replay_share=0.25),
+    data=DataConfig(("a.txt", "b/"), (3.0, 1.0), "tok", 0.125, deduplicate=True, mask_documents=True, replay_share=0.25),
     optim=OptimConfig("muon", 3e-4, 0.5, 0.8, "linear", 0.75, 0.0, 7, 0.01, 0.85, 0.99, 0.5),
     max_steps=11,
     batch_size=3,
