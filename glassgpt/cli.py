@@ -166,11 +166,11 @@ def _holds_model(field: dataclasses.Field[Any]) -> bool:
 
 def _of_run(kind: type, arguments: list[str]) -> Any:
     """A resumed run starts from its own saved configuration."""
-    from glassgpt.config.files import read_yaml
+    from glassgpt.config.files import CONFIG_FILE, read_yaml
 
     _, named = _take([argument.replace("--out_dir", "--out-dir") for argument in arguments], "--out-dir")
     folder = Path(named[-1] if named else kind().out_dir)
-    path = folder / "config.yaml"
+    path = folder / CONFIG_FILE
     return read_yaml(path, kind) if path.is_file() else None
 
 

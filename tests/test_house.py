@@ -14,8 +14,8 @@ from glassgpt.config import PRESETS, Pretrain, UserError
 from glassgpt.config.files import read_yaml
 
 LAYERS = (
-    "config", "text", "data", "model", "loading", "generation", "interpret", "evaluation", "train", "compress", "retrieve",
-    "lab", "serve", "cli",
+    "config", "charts", "text", "data", "model", "loading", "generation", "interpret", "evaluation", "train", "compress",
+    "retrieve", "lab", "serve", "cli",
 )  # fmt: skip
 ONLY_CONFIG = ("text", "model")  # these know of nothing else
 FAMILY = re.compile(r"(distil)?gpt-?\d|llama|mi[sx]tral|qwen|gemma|deepseek|neox|falcon|\bphi\b", re.IGNORECASE)
@@ -215,8 +215,8 @@ def skip_reasons(source: str) -> Iterator[str]:
 
 def test_every_skip_has_a_row(root: Path) -> None:
     table = (root / "tests" / "SKIPS.md").read_text(encoding="utf-8")
-    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted((root / "tests").rglob("*.py"))}
-    reasons = [(name, reason) for name, source in sources.items() for reason in skip_reasons(source)]
+    sources = [(path.name, path.read_text(encoding="utf-8")) for path in sorted((root / "tests").rglob("*.py"))]
+    reasons = [(name, reason) for name, source in sources for reason in skip_reasons(source)]
     assert ("conftest.py", "shared data folder not found") in reasons
     assert [(name, reason) for name, reason in reasons if not reason or reason not in table] == []
 

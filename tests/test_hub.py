@@ -15,22 +15,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import safetensors.torch
 import torch
+from loopback import ALONE, TOKEN, Answers, serve
 
 from glassgpt.config import ModelConfig
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
-
-TOKEN = "hf_the_right_one"
-ALONE = {name: value for name, value in os.environ.items() if not name.upper().startswith(("HF_", "HUGGING"))}
-
 
 # ---------------------------------------------------------------------- a hub
 
@@ -63,7 +58,7 @@ class Hub:
     closing: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.servers = [_server(self, _Hub), _server(self, _CDN)]
+        self.servers = [serve(_Hub, hub=self), serve(_CDN, hub=self)]
         self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
 
     def close(self) -> None:
@@ -74,51 +69,14 @@ class Hub:
             server.server_close()
 
 
-def _server(hub: Hub, kind: type[_Answers]) -> ThreadingHTTPServer:
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-
-        def handle_error(self, *_: object) -> None:
-            """A client that has gone is no news here."""
-
-    server = Server(("127.0.0.1", 0), type(kind.__name__, (kind,), {"hub": hub}))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    return server
-
-
-class _Answers(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _OfHub(Answers):
     hub: Hub
 
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def answer(self) -> None:
-        raise NotImplementedError
-
-    def log_message(self, *_: object) -> None:
-        pass
-
     def request_line(self) -> Request:
-        return Request(self.command, unquote(urlsplit(self.path).path), self.headers.get("Authorization"))
-
-    def reply(self, status: int, body: bytes = b"", **headers: object) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def reply_json(self, value: object) -> None:
-        self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
+        return Request(self.command, self.asked_path(), self.headers.get("Authorization"))
 
 
-class _Hub(_Answers):
+class _Hub(_OfHub):
     def answer(self) -> None:
         request = self.request_line()
         self.hub.requests.append(request)
@@ -170,7 +128,7 @@ class _Hub(_Answers):
             self.reply(200, content, ETag=f'"{blob_id(content)}"', **commit)
 
 
-class _CDN(_Answers):
+class _CDN(_OfHub):
     def answer(self) -> None:
         request = self.request_line()
         self.hub.cdn_requests.append(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from glassgpt.config.errors import UserError, check_seed
+from glassgpt.config.errors import UserError, check_at_least, check_seed
 
 TrainSystem = Literal["ours", "ours-compiled", "fp32", "fp32-compiled", "bf16", "bf16-compiled"]
 
@@ -39,12 +39,7 @@ class BenchTrain:
     """One JSON object instead of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("context_tokens", "batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("vocab_size", "micro_batch_size", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_at_least(1, self, "context_tokens", "batch_size", "repeats", "vocab_size", "micro_batch_size", "threads")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise UserError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         if not self.systems:
@@ -69,9 +64,7 @@ class BenchDevice:
     """One JSON object instead of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("context_tokens", "batch_size", "new_tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_at_least(1, self, "context_tokens", "batch_size", "new_tokens", "repeats")
 
 
 @dataclass(frozen=True)
@@ -101,5 +94,4 @@ class Speedrun:
             raise UserError("seeds is empty; give at least one")
         for seed in self.seeds:
             check_seed(seed)
-        if self.baseline_steps is not None and self.baseline_steps < 1:
-            raise UserError(f"baseline_steps must be at least 1; got {self.baseline_steps}")
+        check_at_least(1, self, "baseline_steps")

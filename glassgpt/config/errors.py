@@ -19,6 +19,14 @@ def nearest(given: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def check_at_least(least: int, owner: object, *names: str, prefix: str = "") -> None:
+    """Raise UserError for the first of the fields of `owner` that is below `least`; None stands for not given."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not value >= least:
+            raise UserError(f"{prefix}{name} must be at least {least}; got {value}")
+
+
 def check_seed(seed: int) -> None:
     """Raise UserError unless `seed` is one that every random generator takes."""
     if not 0 <= seed < 2**32:

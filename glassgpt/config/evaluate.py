@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from glassgpt.config.errors import UserError
+from glassgpt.config.errors import UserError, check_at_least
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,4 @@ class Evaluate:
     def __post_init__(self) -> None:
         if not 0 < self.holdout_share <= 1:
             raise UserError(f"holdout_share must be above 0 and at most 1; got {self.holdout_share}")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1; got {self.batch_size}")
-        if self.stride_tokens is not None and self.stride_tokens < 1:
-            raise UserError(f"stride_tokens must be at least 1; got {self.stride_tokens}")
+        check_at_least(1, self, "batch_size", "stride_tokens")

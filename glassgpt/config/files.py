@@ -18,6 +18,9 @@ import yaml
 from glassgpt.config.errors import UserError, nearest
 from glassgpt.config.model import ModelConfig, preset
 
+CONFIG_FILE = "config.yaml"
+"""A run folder's options, as `auto` was resolved."""
+
 Config = TypeVar("Config")
 
 
@@ -171,4 +174,6 @@ def read_yaml(path: str | Path, kind: type[Config], default: Config | None = Non
 
 def write_yaml(path: Path, config: Any) -> None:
     """Write the resolved configuration; `--config PATH` runs it again."""
-    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
+    aside = path.with_name(f".{path.name}.tmp")  # a full disk or a kill leaves the old file or the new one
+    aside.write_text(yaml.safe_dump(to_plain(config), sort_keys=False), encoding="utf-8")
+    aside.replace(path)

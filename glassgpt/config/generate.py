@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from glassgpt.config.errors import UserError
+from glassgpt.config.errors import UserError, check_at_least
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,7 @@ class Generate:
     """One JSON object instead of text."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}")
-        if self.n < 1:
-            raise UserError(f"n must be at least 1; got {self.n}")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise UserError(f"logprobs must be at least 0; got {self.logprobs}")
+        check_at_least(1, self, "max_new_tokens", "n")
+        check_at_least(0, self, "logprobs")
         if "" in self.stop:
             raise UserError("a stop text is empty; give at least one character")

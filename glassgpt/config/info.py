@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from glassgpt.config.errors import UserError
+from glassgpt.config.errors import check_at_least
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,4 @@ class Info:
     """Tokens in each of them; the model's whole context when not given."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1; got {self.batch_size}")
-        if self.context_tokens is not None and self.context_tokens < 1:
-            raise UserError(f"context_tokens must be at least 1; got {self.context_tokens}")
+        check_at_least(1, self, "batch_size", "context_tokens")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from glassgpt.config.errors import UserError, check_seed
+from glassgpt.config.errors import UserError, check_at_least, check_seed
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,4 @@ class Bench:
     """One JSON object instead of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "new_tokens", "batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"threads must be at least 1; got {self.threads}")
+        check_at_least(1, self, "prompt_tokens", "new_tokens", "batch_size", "repeats", "threads")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from glassgpt.config.errors import UserError, nearest
+from glassgpt.config.errors import UserError, check_at_least, nearest
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,13 @@ class ModelConfig:
     """Whether the output head is the token embedding matrix itself."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_tokens", "n_layer", "n_head", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_at_least(1, self, "vocab_size", "context_tokens", "n_layer", "n_head", "width")
         if self.width % self.n_head:
             raise UserError(
                 f"n_head must divide width: width {self.width} / n_head {self.n_head} leaves {self.width % self.n_head}"
                 f" (use width {self.width // self.n_head * self.n_head or self.n_head} or another n_head)"
             )
-        if self.mlp_width is not None and self.mlp_width < 1:
-            raise UserError(f"mlp_width must be at least 1; got {self.mlp_width}")
+        check_at_least(1, self, "mlp_width")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1); got {self.dropout}")
         if not self.norm_eps > 0:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glassgpt.config.errors import UserError, check_seed
+from glassgpt.config.errors import UserError, check_at_least, check_seed
 from glassgpt.config.model import PRESETS, ModelConfig
 
 
@@ -101,8 +101,7 @@ class ParallelConfig:
     """Every rank writes its own part (torch.distributed.checkpoint, as safetensors), instead of gathering on rank 0."""
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel < 1:
-            raise UserError(f"parallel.tensor_parallel must be at least 1; got {self.tensor_parallel}")
+        check_at_least(1, self, "tensor_parallel", prefix="parallel.")
 
 
 @dataclass(frozen=True)
@@ -166,9 +165,7 @@ class Pretrain:
     weights are those of an uninterrupted run."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulation_steps", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_at_least(1, self, "max_steps", "batch_size", "accumulation_steps", "eval_batches")
         for name in ("eval_interval", "save_interval", "sample_interval"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} must not be negative; got {getattr(self, name)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from glassgpt.config.errors import UserError, check_seed
+from glassgpt.config.errors import UserError, check_at_least, check_seed
 
 HEAD_WIDTH = 16
 """Width of one attention head in every model of the ladder."""
@@ -52,9 +52,7 @@ class Scaling:
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError("sources is empty; name at least one file or folder, or `embedded`")
-        for name in ("context_tokens", "batch_size", "seeds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_at_least(1, self, "context_tokens", "batch_size", "seeds")
         if self.tokenizer is None and self.vocab_size < 257:
             raise UserError(f"vocab_size must be at least 257 (256 bytes and the end-of-text token); got {self.vocab_size}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):

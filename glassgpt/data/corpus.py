@@ -45,35 +45,35 @@ class Corpus:
         """Which link of the chain this run is."""
         return max(domain.stage for domain in self.domains)
 
+    @property
+    def trained(self) -> tuple[Domain, ...]:
+        """The domains that are trained on, as a `Place` of the stream counts them."""
+        return tuple(domain for domain in self.domains if domain.share)
+
     def count(self, split: str) -> int:
         """Tokens of `train` or `val`, over the domains that are trained on."""
-        return sum(domain.shards.count(split) for domain in self.domains if domain.share)
+        return sum(domain.shards.count(split) for domain in self.trained)
 
     def stream(
         self, context_tokens: int, batch_size: int, accumulation_steps: int, world: int, seed: int, end_id: int | None
     ) -> Stream:
         """The training batches; see `Stream`."""
-        trained = [domain for domain in self.domains if domain.share]
         windows = [
             Windows(domain.shards.tokens("train"), context_tokens, (seed, number) if number else (seed,))
-            for number, domain in enumerate(trained)
+            for number, domain in enumerate(self.trained)
         ]
-        return Stream(windows, [domain.share for domain in trained], batch_size, accumulation_steps, world, end_id)
-
-    def trained(self, number: int) -> Domain:
-        """The domain that a `Place` of the stream calls `number`."""
-        return [domain for domain in self.domains if domain.share][number]
+        return Stream(windows, [domain.share for domain in self.trained], batch_size, accumulation_steps, world, end_id)
 
 
-def texts(sources: Sequence[str], deduplicate: bool) -> Iterator[str]:
+def texts(sources: Sequence[str], once: Unique | None) -> Iterator[str]:
     """The documents of some sources, each once if asked."""
-    return Unique()(documents(sources)) if deduplicate else documents(sources)
+    return once(documents(sources)) if once else documents(sources)
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
     """The documents that a tokenizer may learn from: nothing that is held out, group by group as `write` parts them."""
     for sources in _groups(config).values():
-        for split, text in shards.hold_out(texts(sources, config.deduplicate), config.holdout_share):
+        for split, text in shards.hold_out(texts(sources, Unique() if config.deduplicate else None), config.holdout_share):
             if split == "train":
                 yield text
 
@@ -96,19 +96,18 @@ def write(folder: Path, config: DataConfig, tokenizer: Tokenizer, earlier: Corpu
         for name, sources in _groups(config).items():
             free = next(n for n in _numbered(name) if n not in {entry["name"] for entry in entries})
             part = aside / f"{len(entries):02d}-{free}"
-            once = Unique()
-            found = once(documents(sources)) if config.deduplicate else documents(sources)
-            shards.write(part, counted(found, f"tokenising {free}"), tokenizer, config.holdout_share)
-            entries.append({"name": free, "folder": part.name, "stage": stage, "repeats_dropped": once.dropped})
+            once = Unique() if config.deduplicate else None
+            shards.write(part, counted(texts(sources, once), f"tokenising {free}"), tokenizer, config.holdout_share)
+            entries.append({"name": free, "folder": part.name, "stage": stage, "repeats_dropped": once.dropped if once else 0})
         made = [Shards(aside / e["folder"], json.loads((aside / e["folder"] / shards.MANIFEST).read_text())) for e in entries]
         for entry, share in zip(entries, _shares(config, [e["stage"] == stage for e in entries], made), strict=True):
             entry["share"] = share
         (aside / DOMAINS_FILE).write_text(json.dumps(entries, indent=1))
-    return read(folder, tokenizer)
+    return read(folder, tokenizer, check=False)
 
 
-def read(folder: Path, tokenizer: Tokenizer) -> Corpus:
-    """Open a run's corpus; every file is checked against its hash. Raises UserError when it is incomplete or changed."""
+def read(folder: Path, tokenizer: Tokenizer, *, check: bool = True) -> Corpus:
+    """Open a run's corpus. Raises UserError when it is incomplete or (with `check`, which reads every file) changed."""
     try:
         entries = json.loads((folder / DOMAINS_FILE).read_text())
         facts = [(entry["name"], folder / entry["folder"], entry["share"], entry["stage"]) for entry in entries]
@@ -117,7 +116,9 @@ def read(folder: Path, tokenizer: Tokenizer) -> Corpus:
             f"{folder}: no readable {DOMAINS_FILE}, so this is no complete corpus ({error}); a run of version 0.1 has none:"
             " start it anew"
         ) from error
-    return Corpus(tuple(Domain(name, shards.read(part, tokenizer), share, stage) for name, part, share, stage in facts))
+    return Corpus(
+        tuple(Domain(name, shards.read(part, tokenizer, check=check), share, stage) for name, part, share, stage in facts)
+    )
 
 
 def _groups(config: DataConfig) -> dict[str, tuple[str, ...]]:

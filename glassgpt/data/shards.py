@@ -156,8 +156,8 @@ class _Split:
         self._waiting, self._tokens = [], 0
 
 
-def read(folder: Path, tokenizer: Tokenizer) -> Shards:
-    """Open shards. Raises UserError when they are incomplete, changed, or made by another tokenizer."""
+def read(folder: Path, tokenizer: Tokenizer, *, check: bool = True) -> Shards:
+    """Open shards. Raises UserError when they are incomplete, made by another tokenizer, or (with `check`) changed."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -174,7 +174,7 @@ def read(folder: Path, tokenizer: Tokenizer) -> Shards:
         )
     for shard in (shard for split in SPLITS for shard in manifest["splits"][split]):
         path = folder / shard["file"]
-        if not path.is_file() or _sha256(path) != shard["sha256"]:
+        if not path.is_file() or (check and _sha256(path) != shard["sha256"]):
             raise UserError(
                 f"{path}: {'changed since it was written' if path.is_file() else 'missing'}; delete {folder} to make it anew"
             )

@@ -273,16 +273,12 @@ class Unique:
     """Passes on the documents that have not come before: `once = Unique(); for text in once(documents(...))`.
 
     Two documents are the same when their text is, without the white space around it. What is held is a 16-byte digest of
-    each in a set: about 100 bytes a document. `kept` and `dropped` count the documents so far, over all calls.
+    each in a set: about 100 bytes a document. `dropped` counts the repeats so far, over all calls.
     """
 
     def __init__(self) -> None:
         self.dropped = 0
         self._seen: set[bytes] = set()
-
-    @property
-    def kept(self) -> int:
-        return len(self._seen)
 
     def __call__(self, documents: Iterable[str]) -> Iterator[str]:
         for text in documents:

@@ -31,20 +31,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from glassgpt import charts
 from glassgpt.config import DataConfig, ModelConfig, OptimConfig, Pretrain, UserError
-from glassgpt.config.files import read_yaml, to_plain, write_yaml
+from glassgpt.config.files import CONFIG_FILE, read_yaml, to_plain, write_yaml
 from glassgpt.config.scaling import HEAD_WIDTH, Scaling
 from glassgpt.data import Corpus
 from glassgpt.interpret.anatomy import anatomy
 from glassgpt.loading import pick_device
-from glassgpt.train.pretrain import CONFIG_FILE, SHARDS, TOKENIZER_FILE, prepare, pretrain
+from glassgpt.train.pretrain import SHARDS, TOKENIZER_FILE, prepare, pretrain
 from glassgpt.train.run import read_log
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 RUNS = "runs"
 RESULT_FILE = "scaling.json"
-PICTURES = ("scaling.svg", "scaling.png")
+NAME = "scaling"
 EMBEDDINGS = ("token_embedding", "position_embedding", "head")
 REFERENCE_WIDTH = 64
 SAVE_INTERVAL = 1000
@@ -608,9 +609,8 @@ def show(result: Result, console: Console) -> None:
         console.print(said, highlight=False)
     console.print()
     console.print(WHY, highlight=False, style="dim")
-    console.print(
-        "\nWritten:", *(f"  {Path(result.config.out_dir) / name}" for name in (RESULT_FILE, *PICTURES)), sep="\n", highlight=False
-    )
+    names = [RESULT_FILE, *(f"{NAME}{suffix}" for suffix in charts.PICTURES)]
+    console.print("\nWritten:", *(f"  {Path(result.config.out_dir) / name}" for name in names), sep="\n", highlight=False)
 
 
 def _show_losses(result: Result, console: Console) -> None:
@@ -673,13 +673,9 @@ def _short(tokens: float) -> str:
 
 def chart(result: Result, out: Path) -> list[Path]:
     """Draw loss against N, D and C as `scaling.svg` and `scaling.png`: runs, laws, and the run left out."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.8), sharey=True, layout="constrained")
+    figure, panels = charts.figure(3, (14, 4.8))
     held, fits = result.prediction, result.fits
     seen = [run for run in result.runs if run.name not in held.runs]
     joint = fits["joint"].law
@@ -743,11 +739,7 @@ def chart(result: Result, out: Path) -> list[Path]:
         a, b = joint.coefficients
         law = f"$L(N, D) = {joint.irreducible:.2f} + {a:.3g}\\,/\\,N^{{{n:.2f}}} + {b:.3g}\\,/\\,D^{{{d:.2f}}}$"
         figure.suptitle(f"Coloured curves: {law}, fitted without the run marked by a star", fontsize=11)
-    paths = [out / name for name in PICTURES]
-    for path in paths:
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return paths
+    return charts.save_both(figure, out, NAME)
 
 
 def _span(values: Sequence[float]) -> Array:

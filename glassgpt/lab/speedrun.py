@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from glassgpt import charts
 from glassgpt.config import ModelConfig, OptimConfig, UserError
 from glassgpt.config.bench import Speedrun
 from glassgpt.data import documents
@@ -25,6 +26,7 @@ from glassgpt.train import machine, optim
 from glassgpt.train.loss import Scored, token_loss
 
 HELD_OUT_SHARE = 0.1
+POINTS = 8
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,8 @@ def characters(source: str, context_tokens: int) -> tuple[Tensor, Tensor, int]:
     return ids[:cut], ids[cut:], len(symbols)
 
 
-def run(
-    recipe: Recipe, train: Tensor, held_out: Tensor, seed: int, device: torch.device, stop: int | None = None, points: int = 8
-) -> Outcome:
-    """Train once; `points` losses are measured on the way (the clock stands still meanwhile)."""
+def run(recipe: Recipe, train: Tensor, held_out: Tensor, seed: int, device: torch.device, stop: int | None = None) -> Outcome:
+    """Train once; eight losses are measured on the way (the clock stands still meanwhile)."""
     torch.manual_seed(seed)
     model = GPT(recipe.model).to(device)
     use_attention(model, machine.attend_by(device) if recipe.ours else fused)
@@ -194,7 +194,7 @@ def run(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds += time.perf_counter() - start
-        if (step + 1) % max(1, steps // points) == 0 or step + 1 == steps:
+        if (step + 1) % max(1, steps // POINTS) == 0 or step + 1 == steps:
             curve.append((seconds, measure(scored, held_out.to(device))))
     return Outcome(seed, steps, steps * B * T, seconds, curve[-1][1], tuple(curve))
 
@@ -213,12 +213,7 @@ def measure(scored: Scored, held_out: Tensor) -> float:
 
 def chart(result: Result, out: Path) -> list[Path]:
     """Held-out loss over seconds, both sides, every seed, as `speedrun.svg` and `speedrun.png`."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = charts.figure()
     for outcomes, color, label in ((result.baseline, "#c8553d", "nanoGPT's recipe"), (result.ours, "#2f5d9b", "ours")):
         for number, outcome in enumerate(outcomes):
             axes.plot(
@@ -236,11 +231,7 @@ def chart(result: Result, out: Path) -> list[Path]:
     axes.set(xlabel="seconds of training", ylabel="held-out loss (nats per character)", title="Time to loss on the same machine")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    paths = [out / "speedrun.svg", out / "speedrun.png"]
-    for path in paths:
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return paths
+    return charts.save_both(figure, out, "speedrun")
 
 
 def _line(outcome: Outcome) -> str:

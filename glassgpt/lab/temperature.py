@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glassgpt import charts
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import Completion, complete, distribution
 from glassgpt.generation.sampling import entropy
@@ -71,14 +72,9 @@ def next_tokens(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: floa
 
 def chart(model: GPT, tokenizer: Tokenizer, prompt: str, temperatures: Sequence[float], path: Path, count: int = 12) -> None:
     """Draw the next-token distribution at each temperature side by side; `path` may end in .svg or .png."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     # the same tokens in every panel, in the model's own order: temperature changes heights, never the order
     tokens = [token for token, _ in next_tokens(model, tokenizer, prompt, 1.0, count)]
-    figure, panels = plt.subplots(1, len(temperatures), figsize=(4 * len(temperatures), 4.2), sharey=True, layout="constrained")
+    figure, panels = charts.figure(len(temperatures), (4 * len(temperatures), 4.2))
     for axes, temperature in zip(panels, temperatures, strict=True):
         heights = [p for _, p in next_tokens(model, tokenizer, prompt, temperature, count)]
         axes.barh(range(count), heights, color="#2f5d9b")
@@ -90,5 +86,4 @@ def chart(model: GPT, tokenizer: Tokenizer, prompt: str, temperatures: Sequence[
             axes.text(where, place, f"{height:.3f}", va="center", fontsize=8, color=color)
     panels[0].invert_yaxis()
     figure.suptitle(f"What comes after “…{prompt[-60:]}”", fontsize=11)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    charts.save(figure, path)

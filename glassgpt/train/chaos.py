@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from glassgpt.config import Pretrain, UserError
-from glassgpt.config.files import write_yaml
+from glassgpt.config.files import CONFIG_FILE, write_yaml
 from glassgpt.loading import complete_checkpoints
 from glassgpt.train.run import LOG_FILE, read_log
 
@@ -37,7 +37,7 @@ class Child:
 
     def __init__(self, config_file: Path, run: Path, limit_bytes: int | None = None) -> None:
         arguments = [sys.executable, "-m", "glassgpt", "pretrain", "--config", str(config_file), "--out_dir", str(run)]
-        arguments += ["--resume"] if (run / "config.yaml").exists() else []
+        arguments += ["--resume"] if (run / CONFIG_FILE).exists() else []
 
         def limit() -> None:  # a disk that is full: no file may grow beyond this
             if limit_bytes is not None:
@@ -84,14 +84,14 @@ def chaos(config: Pretrain) -> Path:
         raise UserError("chaos kills runs of one process; start it without torchrun")
     out.mkdir(parents=True)
     calm, stormy = (out / name for name in RUN_FILES)
-    asked = out / "config.yaml"
+    asked = out / CONFIG_FILE
     write_yaml(asked, dataclasses.replace(config, chaos=0, resume=False, out_dir=str(calm)))
     console.print(f"the calm run: {config.max_steps} steps", highlight=False)
     child = Child(asked, calm)
     if child.process.wait():
         raise UserError(f"chaos: the run fails by itself:\n{child.errors.read_text()[-500:]}")
 
-    file = calm / "config.yaml"  # what `auto` stood for is settled there
+    file = calm / CONFIG_FILE  # what `auto` stood for is settled there
     draw = random.Random(config.seed)
     kinds = [KINDS[number % len(KINDS)] for number in range(config.chaos)]
     draw.shuffle(kinds)

@@ -51,7 +51,8 @@ def measure(
     scored.train(was_training)
     parallel.reshard(scored)
     nats, tokens, text_bytes = ranks.total([nats, tokens, text_bytes])
-    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / max(1.0, text_bytes), "tokens": tokens}
+    text_bytes = max(1.0, text_bytes)
+    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes, "tokens": tokens, "bytes": text_bytes}
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

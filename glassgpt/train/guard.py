@@ -77,7 +77,7 @@ class Spikes:
 def describe(places: Iterable[Place], losses: Iterable[float], corpus: Corpus, tokenizer: Tokenizer) -> str:
     """The worst row of a step: which shard, which token, and how its text begins."""
     loss, place = max(zip(losses, places, strict=True), key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
-    domain = corpus.trained(place.domain)
+    domain = corpus.trained[place.domain]
     array = domain.shards.tokens("train")[place.array]
     text = tokenizer.decode(array[place.start : place.start + SHOWN_CHARACTERS].tolist())[:SHOWN_CHARACTERS]
     where = f"{domain.shards.files()[1 + place.array]} from token {place.start:,}"

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from glassgpt import charts
+
 LEDGER_FILE = "ledger.json"
 Row = dict[str, Any]
 """{"after": name of the stage, "domains": {name: {"loss", "bits_per_byte", "tokens"}}}."""
@@ -48,12 +50,7 @@ def table(rows: list[Row]) -> Table:
 
 def plot(run: Path, rows: list[Row]) -> list[Path]:
     """A line for each domain over the stages, as `forgetting.svg` and `forgetting.png`."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = charts.figure()
     for name in _domains(rows):
         points = [(number, row["domains"][name]["loss"]) for number, row in enumerate(rows) if name in row["domains"]]
         axes.plot(*zip(*points, strict=True), "o-", linewidth=1.8, label=name)
@@ -63,11 +60,7 @@ def plot(run: Path, rows: list[Row]) -> list[Path]:
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, title="text of")
-    paths = [run / "forgetting.svg", run / "forgetting.png"]
-    for path in paths:
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return paths
+    return charts.save_both(figure, run, "forgetting")
 
 
 def _domains(rows: list[Row]) -> list[str]:

@@ -13,8 +13,10 @@ from glassgpt.model import GPT
 
 IGNORE = -100
 """A target that nothing is learned from."""
-CHUNK_LOGITS = 2**24
-"""Logits that exist at once in `head_loss`: 64 MiB of float32, 333 positions of a vocabulary of 50,257."""
+CHUNK_LOGITS = 2**26
+"""Logits that exist at once in `head_loss`: 128 MiB in bfloat16, 1,335 positions of a vocabulary of 50,257."""
+PIECE_LOGITS = 2**20
+"""Logits that a CPU turns into gradients at a time: 4 MiB in float32 stay in its cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +42,10 @@ def token_loss(logits: Tensor, targets: Tensor) -> Loss:
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Loss:
     """`token_loss(hidden @ weight.T, targets)` without ever holding all logits: hidden (B, T, D), weight (V, D), targets (B, T).
 
-    A chunk of positions at a time makes its logits, their loss and, at once, the gradients of hidden and weight, so no
-    logit outlives its chunk: the memory is CHUNK_LOGITS numbers three times over and the gradient of the weight, where the plain
-    loss holds B * T * V numbers three times. (The idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024.)
+    A chunk of positions at a time makes its logits, their loss and, at once and in the same place, their gradient, and of it
+    those of hidden and weight: the memory is CHUNK_LOGITS numbers of the product's precision and the gradient of the weight,
+    where the plain loss holds B * T * V numbers three times. (The idea of Liger Kernel's fused linear cross-entropy, Hsu et
+    al. 2024.)
     """
     weight = weight if torch.is_grad_enabled() else weight.detach()  # whose gradient would be computed for nothing
     return Loss(_HeadLoss.apply(hidden, weight, targets), (targets != IGNORE).sum())
@@ -60,22 +63,16 @@ class _HeadLoss(torch.autograd.Function):
         dhead = torch.zeros_like(weight) if wants_grad else None
         total = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=hidden.device)
         size = max(1, CHUNK_LOGITS // weight.size(0))
+        piece_size = max(1, PIECE_LOGITS // weight.size(0)) if kind == "cpu" else size
         with torch.autocast(kind, enabled=False):
             for part, wanted in zip(range(0, len(rows), size), targets.flatten().split(size), strict=True):
                 chunk = rows[part : part + size]  # (n, D)
-                supervised = wanted != IGNORE  # (n,)
-                index = wanted.clamp(min=0).unsqueeze(1)  # (n, 1)
-                scores = (chunk @ head.mT).to(total.dtype)  # (n, V), ours to overwrite
-                scores -= scores.amax(dim=1, keepdim=True)
-                target_score = scores.gather(1, index).squeeze(1)  # (n,)
-                norm = scores.exp_().sum(dim=1)  # (n,)
-                total += ((norm.log() - target_score) * supervised).sum()
+                logits = chunk @ head.mT  # (n, V)
+                for piece, piece_wanted in zip(logits.split(piece_size), wanted.split(piece_size), strict=True):
+                    total += _to_gradient(piece, piece_wanted, total.dtype)
                 if drows is not None and dhead is not None:
-                    dscores = scores.mul_((supervised / norm).unsqueeze(1))  # softmax, 0 where nothing is supervised
-                    dscores.scatter_add_(1, index, -supervised.to(scores.dtype).unsqueeze(1))
-                    dscores = dscores.to(dtype)
-                    drows[part : part + size] = dscores @ head
-                    dhead += dscores.mT @ chunk
+                    drows[part : part + size] = logits @ head
+                    dhead += logits.mT @ chunk
         if drows is not None and dhead is not None:
             ctx.save_for_backward(drows.view_as(hidden).to(hidden.dtype), dhead)
         return total
@@ -86,6 +83,21 @@ class _HeadLoss(torch.autograd.Function):
             raise NotImplementedError("`head_loss` has no second derivative; token_loss has")
         drows, dhead = ctx.saved_tensors
         return drows * grad, dhead * grad, None
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss of logits (n, V), summed in `dtype`; its gradient by the logits takes their place."""
+    supervised = targets != IGNORE  # (n,)
+    index = targets.clamp(min=0).unsqueeze(1)  # (n, 1)
+    scores = logits.to(dtype)  # (n, V): a copy, or the logits themselves
+    scores -= scores.amax(dim=1, keepdim=True)
+    target_score = scores.gather(1, index).squeeze(1)  # (n,)
+    norm = scores.exp_().sum(dim=1)  # (n,)
+    scores.mul_((supervised / norm).unsqueeze(1))  # softmax, 0 where nothing is supervised
+    scores.scatter_add_(1, index, -supervised.to(dtype).unsqueeze(1))
+    if scores is not logits:
+        logits.copy_(scores)
+    return ((norm.log() - target_score) * supervised).sum()
 
 
 class Scored(nn.Module):

@@ -59,6 +59,10 @@ class Ranks:
         """Into how many shares the data are parted."""
         return self.world // self.tensor_parallel
 
+    def error(self, message: str) -> UserError:
+        """A mistake that every rank finds at the same time: the first rank is to tell of it."""
+        return UserError(message) if self.is_first else QuietError(message)
+
     def first(self, function: Callable[[], Result]) -> Result:
         """Run `function` on rank 0; every rank gets its result, or its UserError (a QuietError on the others)."""
         if self.world == 1:
@@ -144,12 +148,12 @@ def joined(config: ParallelConfig, device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def share_batch(batch_size: int, accumulation_steps: int, ranks: Ranks) -> tuple[int, int]:
-    """(rows in a micro-batch, micro-batches) of one rank, so that a step is the same rows on any number of ranks.
+def share_batch(batch_size: int, accumulation_steps: int, world: int) -> tuple[int, int]:
+    """(rows in a micro-batch, micro-batches) of one rank of `world`, so that a step is the same rows on any number of ranks.
 
     Raises UserError when the rows of a step cannot be parted evenly.
     """
-    rows, world = batch_size * accumulation_steps, ranks.data_world
+    rows = batch_size * accumulation_steps
     if rows % world:
         raise UserError(
             f"a step has batch_size * accumulation_steps = {rows} sequences, which {world} ranks cannot share evenly;"

@@ -18,7 +18,7 @@ from torch import nn
 
 from glassgpt import data
 from glassgpt.config import DataConfig, ModelConfig, Pretrain, UserError
-from glassgpt.config.files import read_yaml, to_plain, write_yaml
+from glassgpt.config.files import CONFIG_FILE, read_yaml, to_plain, write_yaml
 from glassgpt.config.generate import Sampling
 from glassgpt.data import Corpus
 from glassgpt.generation import complete
@@ -31,12 +31,13 @@ from glassgpt.train.loss import Scored
 from glassgpt.train.parallel import Ranks
 from glassgpt.train.run import LOG_FILE, Log, Progress, Silent, Trackers, plot_loss
 
-CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
 SHARDS = "shards"
 SAMPLING = Sampling(temperature=0.8)
 SAMPLE_TOKENS = 48
 PLOT_SECONDS = 30.0
+MOST_SKIPPED = 100
+"""Steps in a row that `--bad_steps skip` leaves out before it gives up."""
 FIXED_ON_RESUME = (
     *("start", "model", "data", "optim", "max_steps", "batch_size", "accumulation_steps", "seed"),
     *("precision", "compile", "bad_steps", "spike_deviations"),
@@ -68,10 +69,10 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     config = ranks.first(lambda: open_run(run, config, device, ranks.data_world))
     if ranks.world > 1:
         ranks.first(lambda: prepare(run, config.data, config.model.vocab_size, config.start) and None)
-    tokenizer, corpus = prepare(run, config.data, config.model.vocab_size, config.start)
+    tokenizer, corpus = prepare(run, config.data, config.model.vocab_size, config.start, check=ranks.world == 1)
     shape = config.model if config.start else dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     end_id = tokenizer.end_id if config.data.mask_documents else None
-    batch_size, accumulation_steps = parallel.share_batch(config.batch_size, config.accumulation_steps, ranks)
+    batch_size, accumulation_steps = parallel.share_batch(config.batch_size, config.accumulation_steps, ranks.data_world)
 
     torch.manual_seed(config.seed)
     saved = complete_checkpoints(run)
@@ -92,8 +93,8 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     }
     byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=device)
     low_precision = machine.autocast(device, config.precision)
-    step_flops = machine.flops_per_token(shape, shape.context_tokens) * config.batch_size * config.accumulation_steps
-    step_flops *= shape.context_tokens
+    step_tokens = config.batch_size * config.accumulation_steps * shape.context_tokens
+    step_flops = machine.flops_per_token(shape, shape.context_tokens) * step_tokens
     peak = machine.peak_flops(device, config.precision) * (ranks.world if device.type == "cuda" else 1)
 
     step = checkpoint.restore(saved[-1], model, optimizers) if saved else 0
@@ -104,7 +105,6 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
         trackers = stack.enter_context(contextlib.closing(Trackers(tracked, run, to_plain(config))))
         progress = stack.enter_context(Progress(run.name, config.max_steps, step) if ranks.is_first else Silent())
         spikes = guard.Spikes(config.spike_deviations, [entry["loss"] for entry in log.before])
-        step_tokens = config.batch_size * config.accumulation_steps * shape.context_tokens
         progress.say(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks.world} x {device}, {config.precision}"
             f"{', compiled' if compiled else ''}; {corpus.count('train'):,} training tokens, {corpus.count('val'):,} held out;"
@@ -112,8 +112,9 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
         )
         if config.start and step == 0:
             before = {name: measure(trained, batches, byte_lengths, low_precision, ranks) for name, batches in held_out.items()}
-            ranks.first(lambda: ledger.write(run, ledger.add(ledger.read(run), _stage_before(config.start), before)))
-        plotted = 0.0
+            stage = Path(config.start.rstrip("/")).name
+            ranks.first(lambda: ledger.write(run, ledger.add(ledger.read(run), stage, before)))
+        plotted, left_out = 0.0, 0
         entry: dict[str, Any] = log.before[-1] if log.before else {}  # of a run that is finished already
         while step < config.max_steps:
             began = time.perf_counter()
@@ -122,15 +123,15 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
             optim.set_rate(optimizers, rate)
             batches = [stream.batch(step, micro, ranks.data_rank) for micro in range(accumulation_steps)]
             count = sum(batch.count for batch in batches) * ranks.data_world
-            nats = 0.0
+            losses = []
             for micro, batch in enumerate(batches):
                 parallel.synchronise(trained, on=micro == accumulation_steps - 1)
                 segments = None if batch.segments is None else batch.segments.to(device)
                 with low_precision:
                     loss = trained(batch.ids.to(device), batch.targets.to(device), segments)
                 (loss * (ranks.data_world / count)).backward()  # the exchange of gradients takes their mean
-                nats += loss.item()
-            nats, stopping = ranks.total([nats, float(stop.signal is not None)])
+                losses.append(loss.detach())
+            nats, stopping = ranks.total([sum(loss.item() for loss in losses), float(stop.signal is not None)])
             total = nats / count
             norm = optim.clip(model, config.optim.grad_clip)
             is_finite = math.isfinite(total) and math.isfinite(norm)
@@ -142,12 +143,19 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
             if not is_finite and config.bad_steps == "stop":
                 # the weights of a checkpoint written by the step before are the ones that have just failed
                 good = [folder for folder in saved if folder.name != f"step-{step:06d}"] if not math.isfinite(total) else saved
-                raise UserError(
+                raise ranks.error(
                     f"step {step + 1}: loss {total}, gradient norm {norm}: training has diverged; this step was not applied."
                     f" Last good checkpoint: {good[-1] if good else 'none'}"
                     f" (try a lower optim.learning_rate, now {config.optim.learning_rate}, or --bad_steps skip)"
                 )
             skipped = config.bad_steps == "skip" and (not is_finite or is_spike)
+            left_out = left_out + 1 if skipped else 0
+            if left_out > MOST_SKIPPED:
+                raise ranks.error(
+                    f"step {step + 1}: the last {left_out} steps were all left out, so nothing is learned any more. Last complete"
+                    f" checkpoint: {saved[-1] if saved else 'none'} (try a lower optim.learning_rate, now"
+                    f" {config.optim.learning_rate}, or --spike_deviations 0)"
+                )
             for optimizer in optimizers:
                 if not skipped:
                     optimizer.step()
@@ -180,7 +188,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
                     plot_loss(run)
                     plotted = time.perf_counter()
             if stopping and not last:
-                progress.say(f"stopped after step {step}, which is saved; continue with\n  {resume_command(run)}")
+                progress.say(f"stopped after step {step}, which is saved; continue with\n  {resume_command(run, ranks.world)}")
                 if stop.signal == signal.SIGINT:
                     raise KeyboardInterrupt
                 return run
@@ -193,9 +201,11 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     return run
 
 
-def resume_command(run: Path) -> str:
-    """What continues a run."""
-    return f"glassgpt pretrain --resume --out_dir {run}"
+def resume_command(run: Path, world: int = 1) -> str:
+    """What continues a run, on as many processes; on several hosts `torchrun` needs what it was given there too."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", world)
+    start = "glassgpt" if world == 1 else f"torchrun --nproc-per-node {here} -m glassgpt"
+    return f"{start} pretrain --resume --out_dir {run}"
 
 
 def _validate(
@@ -216,24 +226,16 @@ def _validate(
         domains[name] = measure(trained, batches.every(apart), byte_lengths, low_precision, ranks)
     own = [domains[domain.name] for domain in corpus.domains if domain.stage == corpus.stage]
     tokens = sum(part["tokens"] for part in own)
-    entry: dict[str, Any] = {
-        f"val_{key}": sum(part[key] * part["tokens"] for part in own) / tokens for key in ("loss", "bits_per_byte")
-    }
-    if len(own) > 1:  # bytes per token differ from domain to domain
-        nats = sum(part["loss"] * part["tokens"] for part in own)
-        text_bytes = sum(part["loss"] * part["tokens"] / math.log(2) / part["bits_per_byte"] for part in own)
-        entry["val_bits_per_byte"] = nats / math.log(2) / text_bytes
-    return entry | {"val_tokens": tokens} | ({"domains": domains} if len(domains) > 1 else {})
+    nats = sum(part["loss"] * part["tokens"] for part in own)
+    text_bytes = sum(part["bytes"] for part in own)  # bytes per token differ from domain to domain
+    entry: dict[str, Any] = {"val_loss": nats / tokens, "val_bits_per_byte": nats / math.log(2) / text_bytes}
+    return entry | {"val_tokens": tokens, "val_bytes": text_bytes} | ({"domains": domains} if len(domains) > 1 else {})
 
 
 def _domains(entry: dict[str, Any], corpus: Corpus) -> dict[str, dict[str, float]]:
     """The ledger's row of a run's last validation."""
     only = {key.removeprefix("val_"): value for key, value in entry.items() if key.startswith("val_")}
     return entry.get("domains", {corpus.domains[0].name: only})
-
-
-def _stage_before(start: str | None) -> str:
-    return Path(str(start).rstrip("/")).name
 
 
 def sample(model: GPT, tokenizer: Tokenizer, config: Pretrain, ranks: Ranks) -> str:
@@ -347,12 +349,13 @@ def _resolve(config: Pretrain, device: torch.device, world: int) -> Pretrain:
     if config.start:
         shape, _ = find_config(config.start)
         shape = dataclasses.replace(shape, dropout=config.model.dropout)
+        if config.model not in (shape, dataclasses.replace(Pretrain().model, dropout=config.model.dropout)):
+            raise UserError(f"--start keeps the shape of {config.start}; of --model only model.dropout may be given with it")
     config = dataclasses.replace(config, model=shape)
     if "auto" in (config.precision, config.compile):
-        rows = max(1, min(config.batch_size, config.batch_size * config.accumulation_steps // world))  # of a rank, at once
+        rows, micro_batches = parallel.share_batch(config.batch_size, config.accumulation_steps, world)
         best, seconds = machine.faster_precision(shape, rows, device)
-        micro_batches = config.max_steps * config.batch_size * config.accumulation_steps // (rows * world)
-        pays = machine.pays_to_compile(seconds, shape, micro_batches, device)
+        pays = machine.pays_to_compile(seconds, shape, config.max_steps * micro_batches, device)
         config = dataclasses.replace(
             config,
             precision=best if config.precision == "auto" else config.precision,
@@ -361,11 +364,13 @@ def _resolve(config: Pretrain, device: torch.device, world: int) -> Pretrain:
     return config
 
 
-def prepare(run: Path, config: DataConfig, vocab_size: int, start: str | None = None) -> tuple[Tokenizer, Corpus]:
-    """The run's tokenizer and corpus: read if they are there, made from the sources if not."""
+def prepare(
+    run: Path, config: DataConfig, vocab_size: int, start: str | None = None, *, check: bool = True
+) -> tuple[Tokenizer, Corpus]:
+    """The run's tokenizer and corpus: read (and with `check` compared with their hashes) if they are there, else made."""
     if (run / TOKENIZER_FILE).exists() and (run / SHARDS).exists():
         tokenizer = Tokenizer.load(run)
-        return tokenizer, data.corpus.read(run / SHARDS, tokenizer)
+        return tokenizer, data.corpus.read(run / SHARDS, tokenizer, check=check)
     earlier = None
     if start and config.tokenizer is not None:
         raise UserError("--start keeps the tokenizer of the model that it starts from; leave data.tokenizer out")

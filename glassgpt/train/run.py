@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -16,6 +17,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from glassgpt import charts
 from glassgpt.config import UserError
 from glassgpt.config.errors import first_line
 
@@ -189,7 +191,8 @@ class Trackers:
     def _open_wandb(self, run: Path, config: dict[str, Any]) -> None:
         import wandb
 
-        opened = wandb.init(project="glassgpt", name=run.name, dir=str(run), config=config, resume="allow")
+        same = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on where it was
+        opened = wandb.init(project="glassgpt", name=run.name, id=same, dir=str(run), config=config, resume="allow")
         self._send.append(lambda step, values: opened.log(values, step=step))
         self._close.append(opened.finish)
 
@@ -202,7 +205,8 @@ class Trackers:
 
     def send(self, entry: dict[str, Any]) -> None:
         """One log entry's numbers."""
-        values = {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+        numbers = ((name, value) for name, value in entry.items() if isinstance(value, int | float) and name != "step")
+        values = {name: float(value) for name, value in numbers}
         for send in self._send:
             send(entry["step"], values)
 
@@ -213,15 +217,10 @@ class Trackers:
 
 def plot_loss(run: Path) -> list[Path]:
     """Draw training and validation loss against step from the log, as `loss.svg` and `loss.png`."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     entries = read_log(run)
     training = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     validation = [(entry["step"], entry["val_loss"]) for entry in entries if "val_loss" in entry]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = charts.figure()
     if training:
         axes.plot(*zip(*training, strict=True), color="#9db8d9", linewidth=0.8, label="training, each step")
         axes.plot(*zip(*_smoothed(training), strict=True), color="#2f5d9b", linewidth=1.6, label="training, smoothed")
@@ -230,11 +229,7 @@ def plot_loss(run: Path) -> list[Path]:
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    paths = [run / "loss.svg", run / "loss.png"]
-    for path in paths:
-        figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return paths
+    return charts.save_both(figure, run, "loss")
 
 
 def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

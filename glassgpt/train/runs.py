@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from glassgpt import charts
 from glassgpt.config import Pretrain, UserError
-from glassgpt.config.files import read_yaml
+from glassgpt.config.files import CONFIG_FILE, read_yaml
 from glassgpt.config.runs import Runs
 from glassgpt.loading import complete_checkpoints
 from glassgpt.train.run import LOG_FILE, read_log
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,12 @@ def runs(config: Runs) -> list[Run]:
     if not folders:
         raise UserError(f"no training run in {', '.join(config.folders)}; a run is a folder with {CONFIG_FILE} and {LOG_FILE}")
     base = Path(os.path.commonpath([str(folder.parent.resolve()) for folder in folders]))
-    found = [describe(folder, str(folder.resolve().relative_to(base))) for folder in folders]
+    found = []
+    for folder in folders:
+        try:
+            found.append(describe(folder, str(folder.resolve().relative_to(base))))
+        except UserError as error:  # of one run: the others are shown all the same
+            print(f"left out: {error}", file=sys.stderr)
     found.sort(key=lambda run: (run.best_val_loss is None, run.best_val_loss))
     if config.chart:
         plot(found, Path(config.chart))
@@ -105,14 +110,9 @@ def _parameters(checkpoint: Path) -> int:
 
 def plot(found: list[Run], path: Path) -> None:
     """Held-out loss against tokens, a line for each run. Raises UserError for a suffix that is no picture."""
-    if path.suffix not in (".svg", ".png"):
+    if path.suffix not in charts.PICTURES:
         raise UserError(f"chart {path}: give a name that ends in .svg or .png")
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = charts.figure()
     for run in found:
         if run.curve:
             axes.plot(*zip(*run.curve, strict=True), "o-", markersize=3, linewidth=1.4, label=run.name)
@@ -120,8 +120,7 @@ def plot(found: list[Run], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    charts.save(figure, path)
 
 
 def _show(found: list[Run], chart: str | None) -> None:

@@ -6,24 +6,20 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from loopback import ALONE, TOKEN, Answers, serve
 
 from glassgpt.config import UserError
 from glassgpt.data import documents
 
-ALONE = {name: value for name, value in os.environ.items() if not name.upper().startswith(("HF_", "HUGGING"))}
 NOBODY = "http://127.0.0.1:9"
 # Reads each source; prints its documents or its error as a line of JSON, and at last the hosts that were looked up.
 READ = """
@@ -171,38 +167,19 @@ def test_local_folders(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- a hub
 
 COMMIT = "a" * 40
-TOKEN = "hf_the_right_one"
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Answers):
     """What huggingface.co answers to `datasets`; of one repository, acme/tales, and acme/closed for those with a token."""
 
-    protocol_version = "HTTP/1.1"
     files: dict[str, bytes]
     paths: list[str]
 
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
     def reply(self, status: int, body: bytes = b"", **headers: object) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": len(body), "X_Repo_Commit": COMMIT, **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def reply_json(self, value: object) -> None:
-        self.reply(200, json.dumps(value).encode(), Content_Type="application/json")
+        super().reply(status, body, **{"X_Repo_Commit": COMMIT, **headers})
 
     def answer(self) -> None:
-        path = unquote(urlsplit(self.path).path).strip("/")
+        path = self.asked_path().strip("/")
         self.paths.append(path)
         is_known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         match path.removeprefix("api/").split("/"):
@@ -255,10 +232,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
         "data/test-00000-of-00001.parquet": parquet(text=["a test"], n=[0]),
     }
     paths: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Tales", (Hub,), {"files": files, "paths": paths}))
-    server.daemon_threads = True
-    server.block_on_close = False
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    server = serve(Hub, files=files, paths=paths)
     yield f"http://127.0.0.1:{server.server_port}", paths
     server.shutdown()
     server.server_close()

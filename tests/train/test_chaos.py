@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 from pathlib import Path
 
 import pytest
+import small
 
-from glassgpt.config import DataConfig, OptimConfig, Pretrain, UserError, preset
+from glassgpt.config import OptimConfig, Pretrain, UserError, preset
 from glassgpt.loading import complete_checkpoints
 from glassgpt.train import chaos
 from glassgpt.train.pretrain import pretrain
 
 
 def settings(folder: Path, kills: int, steps: int) -> Pretrain:
-    draw = random.Random(0)
-    words = "the a cat dog fox hen sat ran saw ate on in under mat log box pen big red old new and then but so".split()
-    (folder / "text.txt").write_text("".join(" ".join(draw.choices(words, k=8)) + ".\n" for _ in range(250)))
-    return Pretrain(
-        out_dir=str(folder / "chaos"),
+    return small.settings(
+        folder / "chaos",
+        small.write_sentences(folder),
         model=preset("tiny", vocab_size=300, dropout=0.1),
-        data=DataConfig(sources=(str(folder / "text.txt"),)),
         optim=OptimConfig(learning_rate=0.003, warmup_steps=4),
         max_steps=steps,
-        batch_size=2,
-        eval_interval=0,
         save_interval=10,
-        device="cpu",
-        precision="fp32",
-        compile="off",
         chaos=kills,
     )
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
-import safetensors.torch
+import small
 import torch
+from small import identical
 
 import glassgpt
-from glassgpt.config import DataConfig, OptimConfig, Pretrain, UserError, preset
+from glassgpt.config import DataConfig, Pretrain, UserError, preset
 from glassgpt.data import Corpus, corpus
 from glassgpt.loading import complete_checkpoints
 from glassgpt.model import GPT
@@ -43,33 +44,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def settings(out_dir: Path, sources: list[Path], data: dict[str, Any] | None = None, **changes: Any) -> Pretrain:
-    values: dict[str, Any] = {
-        "out_dir": str(out_dir),
-        "model": preset("tiny", vocab_size=300),
-        "data": DataConfig(sources=tuple(map(str, sources)), **(data or {})),
-        "optim": OptimConfig(learning_rate=0.01, warmup_steps=4),
-        "max_steps": 12,
-        "batch_size": 4,
-        "eval_interval": 6,
-        "save_interval": 6,
-        "device": "cpu",
-        "precision": "fp32",
-        "compile": "off",
-    }
-    return Pretrain(**{**values, **changes})
-
-
-def identical(a: Path, b: Path) -> bool:
-    ours, theirs = (
-        {
-            (file, name): tensor
-            for file in ("model.safetensors", "optimizer.safetensors")
-            for name, tensor in safetensors.torch.load_file(complete_checkpoints(run)[-1] / file).items()
-        }
-        for run in (a, b)
-    )
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+settings = functools.partial(small.settings, max_steps=12, batch_size=4, eval_interval=6, save_interval=6)
 
 
 def again_from_the_middle(run: Path, copy: Path, config: Pretrain) -> Path:
@@ -85,14 +60,14 @@ def seen(run: Path, config: Pretrain) -> Counter[str]:
     texts: Corpus = corpus.read(run / "shards", Tokenizer.load(run))
     stream = texts.stream(32, config.batch_size, config.accumulation_steps, 1, config.seed, None)
     places = [place for step in range(250) for place in stream.places(step)]  # a period of the mixture
-    return Counter(texts.trained(place.domain).name for place in places)
+    return Counter(texts.trained[place.domain].name for place in places)
 
 
 # ---------------------------------------------------------------------- mixtures
 
 
 def test_weights_mix_domains_and_each_is_measured(texts: dict[str, Path], tmp_path: Path) -> None:
-    config = settings(tmp_path / "run", list(texts.values()), {"weights": (3.0, 1.0)})
+    config = settings(tmp_path / "run", *texts.values(), data={"weights": (3.0, 1.0)})
     run = pretrain(config)
     assert seen(run, config) == {"cats": 750, "ships": 250}
     measured = [entry for entry in read_log(run) if "val_loss" in entry]
@@ -111,7 +86,7 @@ def test_weights_mix_domains_and_each_is_measured(texts: dict[str, Path], tmp_pa
 
 
 def test_without_weights_sources_are_one_domain(texts: dict[str, Path], tmp_path: Path) -> None:
-    run = pretrain(settings(tmp_path / "run", list(texts.values()), max_steps=2))
+    run = pretrain(settings(tmp_path / "run", *texts.values(), max_steps=2))
     assert "domains" not in read_log(run)[-1]
     assert list(ledger.read(run)[0]["domains"]) == ["cats+1"]
 
@@ -121,7 +96,7 @@ def test_without_weights_sources_are_one_domain(texts: dict[str, Path], tmp_path
 
 def test_masked_documents_cost_what_they_cost_alone(texts: dict[str, Path], tmp_path: Path) -> None:
     """The loss of the first step, document by document; the end token belongs to the document that it ends."""
-    config = settings(tmp_path / "run", [texts["cats"]], {"mask_documents": True}, max_steps=1)
+    config = settings(tmp_path / "run", texts["cats"], data={"mask_documents": True}, max_steps=1)
     run = pretrain(config)
     tokenizer = Tokenizer.load(run)
     batch = corpus.read(run / "shards", tokenizer).stream(32, 4, 1, 1, config.seed, None).batch(0)
@@ -135,7 +110,7 @@ def test_masked_documents_cost_what_they_cost_alone(texts: dict[str, Path], tmp_
             nats += token_loss(model(ids[None, first:last]), targets[None, first:last]).sum.item()
     assert documents > 8
     assert read_log(run)[0]["loss"] == pytest.approx(nats / batch.count, abs=1e-5)
-    plain = pretrain(settings(tmp_path / "plain", [texts["cats"]], max_steps=1))
+    plain = pretrain(settings(tmp_path / "plain", texts["cats"], max_steps=1))
     assert abs(read_log(plain)[0]["loss"] - read_log(run)[0]["loss"]) > 1e-5
     whole = config.max_steps - 1
     assert abs(read_log(plain)[whole]["val_loss"] - read_log(run)[whole]["val_loss"]) > 1e-5  # validation keeps them apart too
@@ -148,7 +123,7 @@ def test_masked_documents_cost_what_they_cost_alone(texts: dict[str, Path], tmp_
 def test_computing_activations_again_changes_nothing(texts: dict[str, Path], tmp_path: Path, dropout: float) -> None:
     shape = preset("tiny", vocab_size=300, dropout=dropout)
     runs = [
-        pretrain(settings(tmp_path / str(again), [texts["cats"]], model=shape, checkpoint_activations=again))
+        pretrain(settings(tmp_path / str(again), texts["cats"], model=shape, checkpoint_activations=again))
         for again in (False, True)
     ]
     a, b = ([(entry["loss"], entry["grad_norm"]) for entry in read_log(run)] for run in runs)
@@ -161,14 +136,14 @@ def test_computing_activations_again_changes_nothing(texts: dict[str, Path], tmp
 
 @pytest.fixture(scope="module")
 def first(texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain(settings(tmp_path_factory.mktemp("chain") / "first", [texts["cats"]], max_steps=40))
+    return pretrain(settings(tmp_path_factory.mktemp("chain") / "first", texts["cats"], max_steps=40))
 
 
 @pytest.mark.parametrize("replay_share", [0.0, 0.25])
 def test_a_second_stage(texts: dict[str, Path], first: Path, tmp_path: Path, replay_share: float) -> None:
     data = {"replay_share": replay_share}
     config = settings(
-        tmp_path / "second", [texts["ships"]], data, start=str(first), model=preset("tiny", vocab_size=300, dropout=0.1)
+        tmp_path / "second", texts["ships"], data=data, start=str(first), model=preset("tiny", vocab_size=300, dropout=0.1)
     )
     run = pretrain(config)
     assert Tokenizer.load(run).sha256 == Tokenizer.load(first).sha256
@@ -201,8 +176,8 @@ def test_a_second_stage(texts: dict[str, Path], first: Path, tmp_path: Path, rep
 
 
 def test_three_stages_remember_the_first(texts: dict[str, Path], first: Path, tmp_path: Path) -> None:
-    second = pretrain(settings(tmp_path / "second", [texts["ships"]], start=str(first), max_steps=2))
-    third = pretrain(settings(tmp_path / "third", [texts["cats"]], {"replay_share": 0.5}, start=str(second), max_steps=2))
+    second = pretrain(settings(tmp_path / "second", texts["ships"], start=str(first), max_steps=2))
+    third = pretrain(settings(tmp_path / "third", texts["cats"], data={"replay_share": 0.5}, start=str(second), max_steps=2))
     rows = ledger.read(third)
     assert [row["after"] for row in rows] == ["first", "second", "third"]
     assert [list(row["domains"]) for row in rows] == [["cats", "ships"], ["cats", "ships", "cats-2"], ["cats", "ships", "cats-2"]]
@@ -212,8 +187,18 @@ def test_three_stages_remember_the_first(texts: dict[str, Path], first: Path, tm
     assert stages == {"cats": (0, True), "ships": (1, True), "cats-2": (2, True)}
 
 
+def test_the_shape_is_the_starting_models(texts: dict[str, Path], first: Path, tmp_path: Path) -> None:
+    for changes in ({"n_layer": 3}, {"vocab_size": 301}):
+        with pytest.raises(UserError, match=r"--start keeps the shape of .*; of --model only model.dropout may be given"):
+            pretrain(
+                settings(
+                    tmp_path / "run", texts["cats"], start=str(first), model=preset("tiny", **({"vocab_size": 300} | changes))
+                )
+            )
+
+
 def test_a_published_model_has_nothing_to_replay(texts: dict[str, Path], tmp_path: Path) -> None:
-    config = settings(tmp_path / "run", [texts["cats"]], {"replay_share": 0.1}, start="storyteller", max_steps=1, batch_size=1)
+    config = settings(tmp_path / "run", texts["cats"], data={"replay_share": 0.1}, start="storyteller", model=Pretrain().model)
     with pytest.raises(UserError, match="nothing to replay"):
         pretrain(config)
 

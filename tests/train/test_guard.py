@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -19,58 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
+import small
 import torch
+from small import identical, tensors
 
-from glassgpt.config import DataConfig, OptimConfig, Pretrain, preset
+from glassgpt.config import OptimConfig, Pretrain, UserError, preset
 from glassgpt.config.files import write_yaml
 from glassgpt.data import Place, corpus
 from glassgpt.loading import complete_checkpoints
 from glassgpt.text import Tokenizer
 from glassgpt.train import guard
+from glassgpt.train import pretrain as pretraining
 from glassgpt.train.guard import Spikes, Stop
 from glassgpt.train.loss import Scored
 from glassgpt.train.pretrain import pretrain, resume_command
 from glassgpt.train.run import read_log
 
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences that do not repeat, about 8 KB."""
-    draw = random.Random(0)
-    words = "the a cat dog fox hen sat ran saw ate on in under mat log box pen big red old new and then but so".split()
-    path = tmp_path_factory.mktemp("text") / "sentences.txt"
-    path.write_text("".join(" ".join(draw.choices(words, k=8)).capitalize() + ".\n" for _ in range(250)))
-    return path
-
-
-def settings(out_dir: Path, text: Path, **changes: Any) -> Pretrain:
-    start = Pretrain(
-        out_dir=str(out_dir),
-        model=preset("tiny", vocab_size=300),
-        data=DataConfig(sources=(str(text),)),
-        optim=OptimConfig(learning_rate=0.003, warmup_steps=4),
-        max_steps=30,
-        batch_size=2,
-        eval_interval=0,
-        save_interval=10,
-        device="cpu",
-        precision="fp32",
-        compile="off",
-    )
-    return dataclasses.replace(start, **changes)
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    folder = complete_checkpoints(run)[-1]
-    return safetensors.torch.load_file(folder / "model.safetensors") | safetensors.torch.load_file(
-        folder / "optimizer.safetensors"
-    )
-
-
-def identical(a: Path, b: Path) -> bool:
-    ours, theirs = weights_of(a), weights_of(b)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+settings = functools.partial(
+    small.settings, optim=OptimConfig(learning_rate=0.003, warmup_steps=4), max_steps=30, save_interval=10
+)
 
 
 # ---------------------------------------------------------------------- spikes
@@ -163,8 +131,9 @@ def test_a_step_that_is_not_finite_is_left_out(
     entries = read_log(run)
     assert [entry["step"] for entry in entries] == list(range(1, 31))
     assert [entry["step"] for entry in entries if entry.get("skipped")] == [7, 13]
-    assert all(tensor.isfinite().all() for tensor in weights_of(run).values())
-    steps = {name.rsplit(":", 1)[1]: tensor for name, tensor in weights_of(run).items() if name.endswith(":step")}
+    saved = tensors(complete_checkpoints(run)[-1])
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    steps = {name.rsplit(":", 1)[1]: tensor for (_, name), tensor in saved.items() if name.endswith(":step")}
     assert steps["step"] == 28  # not 30
     said = capsys.readouterr().err
     (report,) = re.findall(r"step 7: loss (?:nan|inf), gradient norm (?:nan|inf): not finite\. .*", said)
@@ -206,6 +175,19 @@ def test_a_spike_is_told_of_and_left_out_only_when_asked(
             r"step 25: loss .*: a spike: typical is \d\.\d+\. The (batch's )?worst row: .* from token", capsys.readouterr().err
         )
     assert not any("spike" in entry or "skipped" in entry for entry in read_log(plain))
+
+
+def test_skipping_without_end_stops(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(Scored, "forward", lambda self, *_: next(self.parameters()).sum() * math.nan)
+    with pytest.raises(UserError, match=r"step 4: the last 4 steps were all left out.*Last complete checkpoint: none"):
+        pretrain(settings(tmp_path / "run", text, bad_steps="skip"))
+
+
+def test_the_command_that_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resume_command(Path("r")) == "glassgpt pretrain --resume --out_dir r"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resume_command(Path("r"), 8) == "torchrun --nproc-per-node 4 -m glassgpt pretrain --resume --out_dir r"
 
 
 def test_a_report_changes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

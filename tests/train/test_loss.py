@@ -78,9 +78,11 @@ def gradients(total: torch.Tensor, *of: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("positions", [1, 2, 20, 21, 22, 1000])  # in a chunk; there are 21
+@pytest.mark.parametrize("in_piece", [1, 3, 1000])  # of a chunk
 @pytest.mark.parametrize("ignored", ["none", "some", "all"])
-def test_head_loss_is_the_plain_loss(positions: int, ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_loss_is_the_plain_loss(positions: int, in_piece: int, ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK_LOGITS", positions * V + V - 1)
+    monkeypatch.setattr(loss, "PIECE_LOGITS", in_piece * V)
     hidden, weight, targets = numbers(ignored)
     plain, ours = token_loss(hidden @ weight.T, targets), head_loss(hidden, weight, targets)
     assert torch.equal(plain.count, ours.count) and ours.sum.dtype == torch.float64

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import safetensors.torch
+import small
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import glassgpt
-from glassgpt.config import DataConfig, OptimConfig, ParallelConfig, Pretrain, UserError, preset
+from glassgpt.config import OptimConfig, ParallelConfig, Pretrain, UserError
 from glassgpt.config.files import write_yaml
 from glassgpt.data import Stream, Windows
 from glassgpt.loading import complete_checkpoints
@@ -51,22 +52,7 @@ class Job(NamedTuple):
     facts: list[dict[str, Any]]
 
 
-def settings(out_dir: Path, text: Path, batch_size: int = 8, accumulation_steps: int = 1, **changes: Any) -> Pretrain:
-    start = Pretrain(
-        out_dir=str(out_dir),
-        model=preset("tiny", vocab_size=300),
-        data=DataConfig(sources=(str(text),)),
-        optim=OptimConfig(learning_rate=0.01, warmup_steps=4),
-        max_steps=STEPS,
-        batch_size=batch_size,
-        accumulation_steps=accumulation_steps,
-        eval_interval=3,
-        save_interval=4,
-        device="cpu",
-        precision="fp32",
-        compile="off",
-    )
-    return dataclasses.replace(start, **changes)
+settings = functools.partial(small.settings, batch_size=8, max_steps=STEPS, eval_interval=3, save_interval=4)
 
 
 MUON = OptimConfig(learning_rate=0.01, warmup_steps=4, optimizer="muon")
@@ -83,21 +69,11 @@ ON_TWO: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences that do not repeat, about 8 KB."""
-    draw = random.Random(0)
-    words = "the a cat dog fox hen sat ran saw ate on in under mat log box pen big red old new and then but so".split()
-    path = tmp_path_factory.mktemp("text") / "sentences.txt"
-    path.write_text("".join(" ".join(draw.choices(words, k=8)).capitalize() + ".\n" for _ in range(250)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process: the whole batch at once, in four parts, and with Muon."""
     runs = tmp_path_factory.mktemp("alone")
     pretrain(settings(runs / "whole", text))
-    pretrain(settings(runs / "parts", text, 2, 4))
+    pretrain(settings(runs / "parts", text, batch_size=2, accumulation_steps=4))
     pretrain(settings(runs / "muon", text, optim=MUON))
     return runs
 
@@ -280,10 +256,10 @@ def test_a_step_is_the_same_windows_on_any_number_of_ranks(size: int, parts: int
     everyone = ranks_of(world * tensor, tensor)
     if size * parts % world:
         with pytest.raises(UserError, match=f"{size * parts} sequences, which {world} ranks cannot share evenly"):
-            parallel.share_batch(size, parts, everyone[0])
+            parallel.share_batch(size, parts, everyone[0].data_world)
         return
     whole = sorted(Stream(windows, shares, size * parts).places(step))
-    mine, micro_batches = parallel.share_batch(size, parts, everyone[0])
+    mine, micro_batches = parallel.share_batch(size, parts, everyone[0].data_world)
     assert mine <= size  # no more rows at once than were asked for
     stream = Stream(windows, shares, mine, micro_batches, world)
     found = [
@@ -382,7 +358,7 @@ def long_alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def long_run(out_dir: Path, text: Path) -> Pretrain:
     optimizer = OptimConfig(learning_rate=1e-3, warmup_steps=4)
-    return settings(out_dir, text, 4, 1, max_steps=LONG, save_interval=10, eval_interval=0, optim=optimizer)
+    return settings(out_dir, text, batch_size=4, max_steps=LONG, save_interval=10, eval_interval=0, optim=optimizer)
 
 
 def test_a_mistake_ends_the_job_with_one_message(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import small
 import torch
+from small import tensors
 
 from glassgpt.config import DataConfig, OptimConfig, Pretrain, UserError, preset
 from glassgpt.config.files import read_yaml
@@ -40,44 +42,13 @@ SHAPE = preset("tiny", vocab_size=300)
 POEM = "The cat sat on the mat. The dog sat on the log. The fox sat on a box, and the hen in her pen.\n" * 12
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences that do not repeat, about 8 KB."""
-    draw = random.Random(0)
-    words = "the a cat dog fox hen sat ran saw ate on in under mat log box pen big red old new and then but so".split()
-    path = tmp_path_factory.mktemp("text") / "sentences.txt"
-    path.write_text("".join(" ".join(draw.choices(words, k=8)).capitalize() + ".\n" for _ in range(250)))
-    return path
-
-
-def settings(out_dir: Path, text: Path, **changes: Any) -> Pretrain:
-    start = Pretrain(
-        out_dir=str(out_dir),
-        model=SHAPE,
-        data=DataConfig(sources=(str(text),)),
-        optim=OptimConfig(learning_rate=0.01, warmup_steps=4),
-        max_steps=20,
-        batch_size=2,
-        eval_interval=0,
-        save_interval=0,
-        device="cpu",
-        precision="fp32",
-    )
-    return dataclasses.replace(start, **changes)
+settings = functools.partial(small.settings, compile="auto")
 
 
 def losses(run: Path) -> list[float]:
     entries = read_log(run)
     assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))  # each step once, in order
     return [entry["loss"] for entry in entries]
-
-
-def tensors(checkpoint_folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file}/{name}": tensor
-        for file in ("model.safetensors", "optimizer.safetensors")
-        for name, tensor in safetensors.torch.load_file(checkpoint_folder / file).items()
-    }
 
 
 def differing(a: Path, b: Path) -> list[str]:
@@ -109,7 +80,7 @@ def test_what_a_run_leaves_behind(text: Path, tmp_path: Path) -> None:
     kept = read_yaml(run / "config.yaml", Pretrain)
     assert kept == dataclasses.replace(config, compile="off")  # what `auto` came to
     (stage,) = ledger.read(run)
-    last = {key: read_log(run)[-1][f"val_{key}"] for key in ("loss", "bits_per_byte", "tokens")}
+    last = {key: read_log(run)[-1][f"val_{key}"] for key in ("loss", "bits_per_byte", "tokens", "bytes")}
     assert stage == {"after": "run", "domains": {"sentences": last}}
     assert (run / "loss.svg").read_text().rstrip().endswith("</svg>")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG") and (run / "loss.png").stat().st_size > 5000

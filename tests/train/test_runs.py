@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import small
 
 from glassgpt.cli import main
-from glassgpt.config import DataConfig, Pretrain, preset
 from glassgpt.train.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "text.txt").write_text("a small text about runs, their names and their losses. " * 200)
     for name, steps in (("a", 4), ("deep/b", 8)):
-        pretrain(
-            Pretrain(
-                out_dir=str(folder / "all" / name),
-                model=preset("tiny", vocab_size=260),
-                data=DataConfig(sources=(str(folder / "text.txt"),)),
-                max_steps=steps,
-                batch_size=2,
-                eval_interval=2,
-                compile="off",
-            )
-        )
+        pretrain(small.settings(folder / "all" / name, text, max_steps=steps, eval_interval=2))
     return folder
 
 
@@ -73,3 +63,12 @@ def test_nothing_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_chart_must_be_a_picture(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", str(place / "all"), "--chart", "x.pdf.txt"]) == 2
     assert "ends in .svg or .png" in capsys.readouterr().err
+
+
+def test_one_damaged_run_hides_no_other(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "all", tmp_path / "all")
+    (tmp_path / "all" / "a" / "config.yaml").write_text("max_stepz: 3\n")
+    assert main(["runs", str(tmp_path / "all"), "--json"]) == 0
+    said = capsys.readouterr()
+    assert [run["name"] for run in json.loads(said.out)] == ["deep/b"]
+    assert said.err.startswith("left out: ") and "max_stepz" in said.err

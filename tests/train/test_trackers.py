@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dataclasses
-import random
+import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 
 from glassgpt.cli import main
-from glassgpt.config import DataConfig, Pretrain, UserError, preset
+from glassgpt.config import Pretrain, UserError
 from glassgpt.train.pretrain import pretrain
 from glassgpt.train.run import Trackers, read_log
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Pretrain:
+def config(text: Path, tmp_path: Path) -> Pretrain:
     """A run of six steps."""
-    draw = random.Random(0)
-    words = "the a cat dog fox hen sat ran saw ate on in under mat log box".split()
-    (tmp_path / "text.txt").write_text("".join(" ".join(draw.choices(words, k=8)) + ".\n" for _ in range(100)))
-    return Pretrain(
-        out_dir=str(tmp_path / "run"),
-        model=preset("tiny", vocab_size=280),
-        data=DataConfig(sources=(str(tmp_path / "text.txt"),)),
-        max_steps=6,
-        batch_size=2,
-        eval_interval=3,
-        device="cpu",
-        precision="fp32",
-        compile="off",
-    )
+    return small.settings(tmp_path / "run", text, max_steps=6, eval_interval=3)
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorBoard's own
@@ -58,10 +48,14 @@ def test_wandb_offline_holds_the_log(config: Pretrain, monkeypatch: pytest.Monke
 
 
 def test_trackio_holds_the_log(config: Pretrain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip("trackio", reason="trackio is not installed (extra `track`)")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    pretrain(dataclasses.replace(config, track=("trackio",)))
-    assert any(path.is_file() for path in (tmp_path / "trackio").rglob("*"))
+    run = pretrain(dataclasses.replace(config, track=("trackio",)))
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "glassgpt.db")) as database:
+        rows = database.execute("select step, metrics from metrics order by step").fetchall()
+    found = [(step, json.loads(metrics)) for step, metrics in rows]
+    assert [(step, metrics["loss"]) for step, metrics in found] == [(entry["step"], entry["loss"]) for entry in read_log(run)]
+    assert all("sample" not in metrics for _, metrics in found)
 
 
 def test_nothing_is_sent_unless_it_is_named(config: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def curve64(config: ParallelConfig, accumulation_steps: int, rate: float = 0.003
                 parameter += 0.05 * torch.randn_like(parameter)
         trained = parallel.spread(Scored(model), config, ranks, compiled=False, checkpoint_activations=False)
         optimizers = optim.build(model, OptimConfig(learning_rate=rate))
-        size, micro_batches = parallel.share_batch(ROWS // accumulation_steps, accumulation_steps, ranks)
+        size, micro_batches = parallel.share_batch(ROWS // accumulation_steps, accumulation_steps, ranks.data_world)
         stream = Stream([Windows([ids], 32, (0,))], [1.0], size, micro_batches, ranks.data_world)
         found = []
         for step in range(steps):
