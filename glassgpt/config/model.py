@@ -3,9 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Literal
 
 from glassgpt.config.errors import UserError, check_at_least, nearest
+
+Span = Literal["full", "window", "strided"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021): how fast each pair of numbers of a query or key turns, and how longer contexts turn."""
+
+    theta: float = 10000.0
+    """Base: pair i of a head of W numbers turns by theta ** (-2i / W) radians a token."""
+    scaling: Literal["none", "linear", "ntk", "yarn", "smooth"] = "none"
+    """How the turns are slowed for a context that is `factor` times as long as the one trained on: linear (Chen et al. 2023), ntk
+    (a larger base: bloc97 2023), yarn (Peng et al. 2023), smooth (slow turns only, with a smooth border)."""
+    factor: float = 1.0
+    """The new context over the old one."""
+    original_tokens: int | None = None
+    """The context trained on; needed by yarn and smooth."""
+    fast_turns: float = 32.0
+    """yarn and smooth: pairs that turn at least this often in the old context stay as they are (published: 32; smooth: 4)."""
+    slow_turns: float = 1.0
+    """yarn and smooth: pairs that turn at most this often are slowed by the whole factor."""
+    attention_factor: float | None = None
+    """yarn: queries and keys are multiplied by this (0.1 ln factor + 1 when not given)."""
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "slow_turns"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise UserError(f"rope.{name} must be positive; got {getattr(self, name)}")
+        if self.factor < 1:
+            raise UserError(f"rope.factor must be at least 1; got {self.factor}")
+        if self.fast_turns <= self.slow_turns:
+            raise UserError(f"rope.fast_turns {self.fast_turns} must be above rope.slow_turns {self.slow_turns}")
+        if self.scaling in ("yarn", "smooth") and self.original_tokens is None:
+            raise UserError(f"rope.scaling {self.scaling} needs rope.original_tokens, the context that was trained on")
+        if self.factor != 1 and self.scaling == "none":
+            raise UserError(f"rope.factor is {self.factor} and rope.scaling none; choose linear, ntk, yarn or smooth")
+        check_at_least(1, self, "original_tokens", prefix="rope.")
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts in the place of every MLP (Shazeer et al. 2017): a router sends each token to a few of them."""
+
+    experts: int = 0
+    """Experts to choose from; 0 for one dense MLP."""
+    top_k: int = 2
+    """Experts that each token goes to."""
+    shared: int = 0
+    """Experts that every token goes to, beside the chosen ones (Dai et al. 2024)."""
+    expert_width: int | None = None
+    """Hidden width of one expert; when not given, so that the active experts together are as wide as the dense MLP."""
+    normalise: bool = True
+    """Whether the weights of the chosen experts are scaled to add up to 1."""
+    balance_loss: float = 0.01
+    """Weight of the load-balance loss in training (Fedus et al. 2021, eq. 4)."""
+    z_loss: float = 0.001
+    """Weight of the router's z-loss in training (Zoph et al. 2022, eq. 5)."""
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "experts", "shared", "balance_loss", "z_loss", prefix="moe.")
+        check_at_least(1, self, "top_k", "expert_width", prefix="moe.")
+        if self.experts and self.top_k > self.experts:
+            raise UserError(f"moe.top_k {self.top_k} is more than moe.experts {self.experts}; lower top_k or add experts")
+        if self.shared and not self.experts:
+            raise UserError(f"moe.shared is {self.shared} and moe.experts 0; give experts too")
 
 
 @dataclass(frozen=True)
@@ -22,38 +89,110 @@ class ModelConfig:
     n_layer: int = 12
     """Number of blocks."""
     n_head: int = 12
-    """Attention heads in a block; must divide `width`."""
+    """Attention heads in a block; must divide the width."""
     width: int = 768
     """Size D of the residual stream."""
     mlp_width: int | None = None
-    """Hidden size of the MLP; 4 * width when not given."""
+    """Hidden size of the MLP; when not given 4 * width, and for swiglu, which has a third matrix, 8/3 * width."""
     dropout: float = 0.0
     """Share of activations set to zero in training (embeddings, attention, both residual branches)."""
     norm_eps: float = 1e-5
     """Added to the variance inside every norm."""
     tied_head: bool = True
     """Whether the output head is the token embedding matrix itself."""
+    position: Literal["learned", "sinusoidal", "rope", "alibi", "relative", "per_head", "none"] = "learned"
+    """learned or sinusoidal vectors added to the embeddings; rope: queries and keys turn; alibi: a falling slope on the scores;
+    relative: a learned number on them for each bucket of distances (T5); per_head: one for each distance."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    n_kv_head: int | None = None
+    """Heads of keys and values, each shared by n_head / n_kv_head query heads: n_head when not given (MHA), 1 is MQA, between is
+    GQA."""
+    attention_width: int | None = None
+    """Size of all query heads together; `width` when not given."""
+    attention_scale: float | None = None
+    """Factor of the scores; 1 / square root of the head width when not given."""
+    qk_norm: bool = False
+    """Norm every query and key, head by head, before they meet."""
+    spans: tuple[Span, ...] = ("full",)
+    """How far back each layer sees; the pattern repeats: `full window` alternates as GPT-3 does. window: the last window_tokens;
+    strided: those, and before them every window_tokens-th (Child et al. 2019)."""
+    window_tokens: int | None = None
+    """Tokens of a window, the current one included."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm or RMSNorm."""
+    embedding_norm: bool = False
+    """Norm the embeddings too."""
+    mlp: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    """Activation: tanh-GELU, SwiGLU (Shazeer 2020) or squared ReLU (So et al. 2021)."""
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    bias: bool = True
+    """Whether linear maps and LayerNorms have biases."""
+    qkv_bias: bool | None = None
+    """The same for queries, keys and values; as `bias` when not given."""
+    logit_cap: float | None = None
+    """Soft limit c of the logits: c * tanh(logits / c)."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "vocab_size", "context_tokens", "n_layer", "n_head", "width")
-        if self.width % self.n_head:
+        names = ("vocab_size", "context_tokens", "n_layer", "n_head", "width", "mlp_width", "n_kv_head", "attention_width")
+        check_at_least(1, self, *names, "window_tokens")
+        name, total = ("width", self.width) if self.attention_width is None else ("attention_width", self.attention_width)
+        if total % self.n_head:
             raise UserError(
-                f"n_head must divide width: width {self.width} / n_head {self.n_head} leaves {self.width % self.n_head}"
-                f" (use width {self.width // self.n_head * self.n_head or self.n_head} or another n_head)"
+                f"n_head must divide {name}: {name} {total} / n_head {self.n_head} leaves {total % self.n_head}"
+                f" (use {name} {total // self.n_head * self.n_head or self.n_head} or another n_head)"
             )
-        check_at_least(1, self, "mlp_width")
+        if self.n_head % self.kv_heads:
+            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise UserError(
+                f"n_kv_head must divide n_head: n_head {self.n_head} / n_kv_head {self.kv_heads} leaves"
+                f" {self.n_head % self.kv_heads} (use {', '.join(map(str, divisors))})"
+            )
+        if self.position == "rope" and self.head_width % 2:
+            raise UserError(
+                f"rope turns pairs of numbers, so a head's width must be even: width {total} / n_head {self.n_head} ="
+                f" {self.head_width} (change one of the two)"
+            )
+        if self.position == "sinusoidal" and self.width % 2:
+            raise UserError(f"sinusoidal positions are pairs of sine and cosine, so width must be even; got {self.width}")
+        if not self.spans:
+            raise UserError("spans is empty; give full, window or strided")
+        if self.window_tokens is None and set(self.spans) != {"full"}:
+            raise UserError(f"spans {' '.join(self.spans)} needs window_tokens, the size of the window")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1); got {self.dropout}")
         if not self.norm_eps > 0:
             raise UserError(f"norm_eps must be positive; got {self.norm_eps}")
+        for name in ("attention_scale", "logit_cap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"{name} must be positive; got {getattr(self, name)}")
 
     @property
     def head_width(self) -> int:
-        return self.width // self.n_head
+        return (self.attention_width or self.width) // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def hidden_width(self) -> int:
+        """Of the dense MLP."""
+        if self.mlp_width is None and self.mlp == "swiglu":
+            return 8 * max(1, round(self.width / 3))  # as many parameters as 4 * width has without a gate
         return self.mlp_width or 4 * self.width
+
+    @property
+    def expert_width(self) -> int:
+        """Of one expert of a mixture."""
+        return self.moe.expert_width or max(1, self.hidden_width // (self.moe.top_k + self.moe.shared))
+
+    def span(self, layer: int) -> Span:
+        """How far back a layer sees."""
+        return self.spans[layer % len(self.spans)]
 
 
 def _gpt2(n_layer: int, n_head: int, width: int) -> ModelConfig:

@@ -14,27 +14,51 @@ GROWTH = 128
 
 
 class KVCache:
-    """Keys and values of every layer, (B, H, S, W) each. Made per generation and passed in; nothing stays on the model.
+    """Keys and values of every layer, (B, G, S, W) each. Made per generation and passed in; nothing stays on the model.
 
-    B batch, H heads, S positions so far, W head width. Memory: 2 * L * B * S * D numbers.
+    B batch, G heads of keys and values, S positions held, W head width. A layer that sees a window holds no more than the window.
+    Memory: 2 * B * G * W numbers a layer and position.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.length = 0
         self._limit = config.context_tokens
+        spans = [config.span(layer) for layer in range(config.n_layer)]
+        self._windows = [config.window_tokens if span == "window" else None for span in spans]
         self._k: list[Tensor | None] = [None] * config.n_layer
         self._v: list[Tensor | None] = [None] * config.n_layer
 
+    def held(self, layer: int) -> int:
+        """Positions that a layer still holds, the newest: a token sees itself and what else its window has room for."""
+        window = self._windows[layer]
+        return self.length if window is None else min(self.length, window - 1)
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, H, T, W) to a layer; returns all its keys and values (B, H, S, W). The last layer ends the step."""
+        """Append k, v (B, G, T, W) to a layer; returns all that it holds with them (B, G, S, W). The last layer ends the step."""
+        if self._windows[layer] is None:
+            keys, values = self._appended(layer, k, v)
+        else:
+            keys, values = self._slid(layer, k, v)
+        if layer == len(self._k) - 1:
+            self.length += k.size(2)
+        return keys, values
+
+    def _appended(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         end = self.length + k.size(2)
         keys = self._k[layer] = self._with_room(self._k[layer], k, end)
         values = self._v[layer] = self._with_room(self._v[layer], v, end)
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
-        if layer == len(self._k) - 1:
-            self.length = end
         return keys[:, :, :end], values[:, :, :end]
+
+    def _slid(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        held = self.held(layer)
+        before_k, before_v = self._k[layer], self._v[layer]
+        keys = k if before_k is None else torch.cat((before_k[:, :, before_k.size(2) - held :], k), dim=2)
+        values = v if before_v is None else torch.cat((before_v[:, :, before_v.size(2) - held :], v), dim=2)
+        room = self._windows[layer] or 0
+        self._k[layer], self._v[layer] = (x if x.size(2) <= room else x[:, :, -room:].clone() for x in (keys, values))
+        return keys, values
 
     def _with_room(self, held: Tensor | None, new: Tensor, end: int) -> Tensor:
         if held is not None and held.size(2) >= end:
@@ -47,9 +71,13 @@ class KVCache:
 
     def keep(self, rows: Tensor, drop: int = 0) -> None:
         """Keep only these rows (1-D indices) of the batch, without their first `drop` positions: what is over costs nothing."""
-        self._k = [None if k is None else k[rows, :, drop : self.length] for k in self._k]
-        self._v = [None if v is None else v[rows, :, drop : self.length] for v in self._v]
+        held = [self.held(layer) for layer in range(len(self._k))]
         self.length -= drop
+        for layer, window in enumerate(self._windows):
+            for tensors in (self._k, self._v):
+                if (tensor := tensors[layer]) is not None:
+                    end = self.length + drop if window is None else tensor.size(2)
+                    tensors[layer] = tensor[rows, :, end - min(held[layer], self.held(layer)) : end]
 
     @property
     def nbytes(self) -> int:

@@ -71,7 +71,7 @@ def stream(
     history = History(prompts, n_ids or model.config.vocab_size, device) if History.matters(sampling) else None
     step = 0
     while rows:
-        logits = model.head(model.hidden(ids, cache, pad)[:, -1])[:, :n_ids]  # (B, V)
+        logits = model.logits(model.hidden(ids, cache, pad)[:, -1])[:, :n_ids]  # (B, V)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         if logits.isnan().any():
             raise UserError("the model's logits are not numbers (NaN): its weights are damaged, or its training had diverged")

@@ -215,19 +215,19 @@ def folded(groups: Iterable[Group]) -> list[tuple[Group, ...]]:
 
 
 def qkv_rows(config: ModelConfig) -> tuple[HeadRows, ...]:
-    """Which rows of `attn.qkv.weight` (3D, D) are whose: 3H entries, q of every head, then k, then v.
+    """Which rows of `attn.qkv.weight` ((H + 2G)W, D) are whose: q of every head, then k, then v of the G heads that have them.
 
-    nn.Linear keeps (out, in), so its rows are outputs: the first D are Q, the next D are K, the last D are V, and head
+    nn.Linear keeps (out, in), so its rows are outputs: the first HW are Q, the next GW are K, the last GW are V, and head
     h has rows h * W to (h + 1) * W - 1 of each. Hugging Face's GPT-2 keeps the matrix as a Conv1D, (in, out) = (D, 3D):
     there the same ranges are columns of `c_attn.weight`.
     """
-    D, W = config.width, config.head_width
-    parts: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
-    return tuple(
-        HeadRows(part, head, range(start * D + head * W, start * D + (head + 1) * W))
-        for start, part in enumerate(parts)
-        for head in range(config.n_head)
-    )
+    W, rows, first = config.head_width, [], 0
+    parts: tuple[tuple[Literal["q", "k", "v"], int], ...] = (("q", config.n_head), ("k", config.kv_heads), ("v", config.kv_heads))
+    for part, heads in parts:
+        for head in range(heads):
+            rows.append(HeadRows(part, head, range(first, first + W)))
+            first += W
+    return tuple(rows)
 
 
 # ---------------------------------------------------------------------- memory

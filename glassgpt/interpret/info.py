@@ -126,15 +126,27 @@ def _table(*columns: str) -> Table:
 def _show_config(console: Console, config: ModelConfig) -> None:
     remarks = {
         "n_head": f"each {config.head_width:,} wide",
+        "n_kv_head": f"each shared by {config.n_head // config.kv_heads}",
         "mlp_width": f"{config.hidden_width / config.width:.4g} x width",
         "tied_head": "the head is the token embedding" if config.tied_head else "the head has its own matrix",
     }
     _title(console, "Configuration")
     table = _table("", ">", "")
-    for name, value in (to_plain(config) | {"mlp_width": config.hidden_width}).items():
+    for name, value in _settings(config).items():
         is_count = isinstance(value, int) and not isinstance(value, bool)
         table.add_row(name, f"{value:,}" if is_count else str(value), Text(remarks.get(name, ""), style="dim"))
     console.print(table)
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """The fields that say something of this network, those of nested ones with a dot."""
+    values = to_plain(config) | {"mlp_width": config.hidden_width, "spans": " ".join(config.spans)}
+    rope, moe = values.pop("rope"), values.pop("moe")
+    if config.position == "rope":
+        values |= {f"rope.{name}": value for name, value in rope.items() if rope["scaling"] != "none" or name == "theta"}
+    if config.moe.experts:
+        values |= {f"moe.{name}": value for name, value in (moe | {"expert_width": config.expert_width}).items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _show_blocks(console: Console, facts: Anatomy) -> None:

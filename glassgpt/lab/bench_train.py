@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from glassgpt.config import ModelConfig, OptimConfig, ParallelConfig, UserError, preset
 from glassgpt.config.bench import BenchTrain
+from glassgpt.interpret.cost import training_flops
 from glassgpt.lab.bench import hf_peer
 from glassgpt.loading import pick_device
 from glassgpt.model import GPT, use_attention
@@ -80,7 +81,7 @@ def bench_train(config: BenchTrain) -> Result:
     """Time training steps on equal weights and tokens. Raises UserError when `transformers` is not installed."""
     shape = SMALL if config.preset == "small" else preset(config.preset, dropout=0.0)
     vocab_size = config.vocab_size or shape.vocab_size
-    values = asdict(shape) | {"vocab_size": vocab_size, "context_tokens": config.context_tokens}
+    shape = replace(shape, vocab_size=vocab_size, context_tokens=config.context_tokens)
     device = pick_device(config.device)
     if any(not system.startswith("ours") for system in config.systems):
         hf_peer(None, shape)  # says what is missing before anything is timed
@@ -98,7 +99,7 @@ def bench_train(config: BenchTrain) -> Result:
                 told.print(f"{system} is left out: this machine does not multiply bfloat16 in hardware", highlight=False)
                 continue
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_worker, args=(theirs, system, values, config, str(device), threads), daemon=True)
+            process = spawn.Process(target=_worker, args=(theirs, system, shape, config, str(device), threads), daemon=True)
             process.start()
             theirs.close()
             processes.append(process)
@@ -119,10 +120,9 @@ def bench_train(config: BenchTrain) -> Result:
             process.terminate()
     machine.peak_flops.cache_clear()  # measured again, as the machine may not have been quiet
     peak = {precision: max(rate, machine.peak_flops(device, precision)) for precision, rate in peak.items()}
-    shape = ModelConfig(**values)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(shape).parameters())
-    flops = machine.flops_per_token(shape, config.context_tokens) * config.batch_size * config.context_tokens
+    flops = training_flops(shape, config.context_tokens) * config.batch_size * config.context_tokens
     result = Result(config, parameters, vocab_size, threads, flops, peak, timings)
     _show(result)
     return result
@@ -143,14 +143,14 @@ def _answer(pipe: Connection, system: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- in the child processes
 
 
-def _worker(pipe: Connection, system: str, values: dict[str, Any], config: BenchTrain, device_name: str, threads: int) -> None:
+def _worker(pipe: Connection, system: str, shape: ModelConfig, config: BenchTrain, device_name: str, threads: int) -> None:
     """One system: says when it is ready, makes a step when asked, tells what it measured at the end."""
     sys.stdout = sys.stderr
     try:
         torch.set_num_threads(threads)
         device = torch.device(device_name)
         before = 0 if device.type == "cuda" else machine.memory_bytes(device)
-        step, precision = (_ours if system.startswith("ours") else _theirs)(system, ModelConfig(**values), config, device)
+        step, precision = (_ours if system.startswith("ours") else _theirs)(system, shape, config, device)
         start = time.perf_counter()
         loss = step()
         first = time.perf_counter() - start

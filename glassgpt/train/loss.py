@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glassgpt.model import GPT
+from glassgpt.model import GPT, Routes
 
 IGNORE = -100
 """A target that nothing is learned from."""
@@ -39,21 +39,22 @@ def token_loss(logits: Tensor, targets: Tensor) -> Loss:
     return Loss(total, (targets != IGNORE).sum())
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Loss:
-    """`token_loss(hidden @ weight.T, targets)` without ever holding all logits: hidden (B, T, D), weight (V, D), targets (B, T).
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, logit_cap: float | None = None) -> Loss:
+    """`token_loss(capped(hidden @ weight.T, logit_cap), targets)` without ever holding all logits.
 
+    hidden (B, T, D), weight (V, D), targets (B, T).
     A chunk of positions at a time makes its logits, their loss and, at once and in the same place, their gradient, and of it
     those of hidden and weight: the memory is CHUNK_LOGITS numbers of the product's precision and the gradient of the weight,
     where the plain loss holds B * T * V numbers three times. (The idea of Liger Kernel's fused linear cross-entropy, Hsu et
     al. 2024.)
     """
     weight = weight if torch.is_grad_enabled() else weight.detach()  # whose gradient would be computed for nothing
-    return Loss(_HeadLoss.apply(hidden, weight, targets), (targets != IGNORE).sum())
+    return Loss(_HeadLoss.apply(hidden, weight, targets, logit_cap), (targets != IGNORE).sum())
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_cap: float | None) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         rows = hidden.flatten(0, 1).to(dtype)  # (N, D)
@@ -69,7 +70,7 @@ class _HeadLoss(torch.autograd.Function):
                 chunk = rows[part : part + size]  # (n, D)
                 logits = chunk @ head.mT  # (n, V)
                 for piece, piece_wanted in zip(logits.split(piece_size), wanted.split(piece_size), strict=True):
-                    total += _to_gradient(piece, piece_wanted, total.dtype)
+                    total += _to_gradient(piece, piece_wanted, total.dtype, logit_cap)
                 if drows is not None and dhead is not None:
                     drows[part : part + size] = logits @ head
                     dhead += logits.mT @ chunk
@@ -78,26 +79,58 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise NotImplementedError("`head_loss` has no second derivative; token_loss has")
         drows, dhead = ctx.saved_tensors
-        return drows * grad, dhead * grad, None
+        return drows * grad, dhead * grad, None, None
 
 
-def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """The loss of logits (n, V), summed in `dtype`; its gradient by the logits takes their place."""
+def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype, logit_cap: float | None) -> Tensor:
+    """The loss of logits (n, V), summed in `dtype`; its gradient by the logits, before their cap, takes their place."""
     supervised = targets != IGNORE  # (n,)
     index = targets.clamp(min=0).unsqueeze(1)  # (n, 1)
     scores = logits.to(dtype)  # (n, V): a copy, or the logits themselves
+    slope = None
+    if logit_cap is not None:
+        scores.div_(logit_cap).tanh_()
+        slope = 1 - scores.square()  # of the cap
+        scores *= logit_cap
     scores -= scores.amax(dim=1, keepdim=True)
     target_score = scores.gather(1, index).squeeze(1)  # (n,)
     norm = scores.exp_().sum(dim=1)  # (n,)
     scores.mul_((supervised / norm).unsqueeze(1))  # softmax, 0 where nothing is supervised
     scores.scatter_add_(1, index, -supervised.to(dtype).unsqueeze(1))
+    if slope is not None:
+        scores *= slope
     if scores is not logits:
         logits.copy_(scores)
     return ((norm.log() - target_score) * supervised).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """How the routers of one forward pass have shared out the tokens, as means over the layers."""
+
+    balance: Tensor
+    """Scalar: E Σ f_e P_e, f the share of the choices that fell on an expert, P its mean probability (Fedus et al. 2021, eq. 4);
+    1 when all is even, up to E when one expert gets everything."""
+    z: Tensor
+    """Scalar: mean of (log Σ_e exp score_e)² (Zoph et al. 2022, eq. 5)."""
+    usage: Tensor
+    """(L, E): share of each layer's choices that fell on each expert."""
+
+
+def routing(routes: Routes, top_k: int) -> Routing:
+    """Losses and statistics of the routers' logits, each (N, E)."""
+    balance, z, usage = [], [], []
+    for logits in (layer.float() if layer.dtype != torch.float64 else layer for layer in routes.logits):
+        shares = logits.softmax(dim=-1)  # (N, E)
+        chosen = F.one_hot(shares.topk(top_k, dim=-1).indices, logits.size(-1)).sum(dim=1)  # (N, E)
+        usage.append(chosen.to(logits.dtype).mean(dim=0) / top_k)
+        balance.append(logits.size(-1) * (usage[-1] * shares.mean(dim=0)).sum())
+        z.append(logits.logsumexp(dim=-1).square().mean())
+    return Routing(torch.stack(balance).mean(), torch.stack(z).mean(), torch.stack(usage))
 
 
 class Scored(nn.Module):
@@ -108,5 +141,17 @@ class Scored(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        """ids, targets, segments (B, T); a scalar, differentiable."""
-        return head_loss(self.model.hidden(ids, segments=segments), self.model.head.weight, targets).sum
+        """ids, targets, segments (B, T); a scalar, differentiable.
+
+        In training the gradient of a mixture of experts has the routers' losses in it, times the number of tokens; the value is
+        the plain loss all the same.
+        """
+        config = self.model.config
+        routes = Routes() if config.moe.experts and self.training else None
+        hidden = self.model.hidden(ids, segments=segments, routes=routes)
+        loss = head_loss(hidden, self.model.head.weight, targets, config.logit_cap)
+        if routes is None:
+            return loss.sum
+        shared_out = routing(routes, config.moe.top_k)
+        more = loss.count * (config.moe.balance_loss * shared_out.balance + config.moe.z_loss * shared_out.z)
+        return loss.sum + (more - more.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import math
 import resource
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 
 from glassgpt.config import ModelConfig
-from glassgpt.model import Block, blocked, fused, use_attention
+from glassgpt.model import GPT, blocked, fused, use_attention
 
 Precision = Literal["fp32", "bf16"]
 TURNS = 6
@@ -62,15 +63,15 @@ def _block_seconds(
 ) -> dict[Precision, float]:
     """The best of several turns of each, in turn, so that a moment of other load meets both."""
     with torch.random.fork_rng():
-        block = Block(config, layer=0).to(device)
-        x = torch.randn(batch_size, config.context_tokens, config.width, device=device, requires_grad=True)
-    use_attention(block, attend_by(device))
+        model = GPT(dataclasses.replace(config, n_layer=1, vocab_size=1)).to(device)
+    ids = torch.zeros(batch_size, config.context_tokens, dtype=torch.long, device=device)
+    use_attention(model, attend_by(device))
     best = dict.fromkeys(tried, math.inf)
     for turn in range(TURNS + 1):
         for precision in tried:
             start = time.perf_counter()
             with autocast(device, precision):
-                y = block(x)
+                y = model.hidden(ids)
             y.sum().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -83,16 +84,6 @@ def pays_to_compile(block_seconds: float, config: ModelConfig, micro_batches: in
     """Whether compiling wins back its own wait over a run of so many micro-batches, by what it was measured to save."""
     run_seconds = 1.3 * block_seconds * config.n_layer * micro_batches  # a third more for embedding, head and optimiser
     return run_seconds * COMPILE_GAIN > 2 * COMPILE_SECONDS and has_compiler(device)
-
-
-def flops_per_token(config: ModelConfig, context_tokens: int) -> int:
-    """Floating-point operations of training on one token: 6 a matrix entry, 12 * L * T * D for attention.
-
-    The usual count (Chowdhery et al. 2022, appendix B): both passes, attention as if it were not causal, no recomputation.
-    """
-    D, L = config.width, config.n_layer
-    matrices = L * (4 * D * D + 2 * D * config.hidden_width) + config.vocab_size * D
-    return 6 * matrices + 12 * L * context_tokens * D
 
 
 @functools.cache

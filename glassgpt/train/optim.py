@@ -24,9 +24,10 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
     rate serves both.
     """
     named = dict(model.named_parameters())
-    hidden = {name for name, p in named.items() if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
-    embeddings = [p for name, p in named.items() if not name.startswith("blocks.") and p.ndim >= 2]
-    matrices = [p for name, p in named.items() if name.startswith("blocks.") and p.ndim >= 2 and name not in hidden]
+    blocks = {name for name, p in named.items() if name.startswith("blocks.") and p.ndim >= 2}
+    hidden = {name for name in blocks if config.optimizer == "muon" and not name.endswith("router.weight")}
+    embeddings = [p for name, p in named.items() if name not in blocks and p.ndim >= 2]
+    matrices = [p for name, p in named.items() if name in blocks - hidden]
     plain = [p for p in named.values() if p.ndim < 2]
     kinds = {(type(p), p.device.type) for p in named.values()}
     groups = [
@@ -46,12 +47,13 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
     if not hidden:
         return [adamw]
     stacked = {named[name] for name in hidden if name.endswith("attn.qkv.weight")}
+    maps = model.config.n_head // model.config.kv_heads + 2  # of equal size, one above the other: q (shared keys: several), k, v
     muon = Muon(
         [named[name] for name in sorted(hidden)],
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
-        parts=lambda parameter: 3 if parameter in stacked else 1,
+        parts=lambda parameter: maps if parameter in stacked else 1,
     )
     return [adamw, muon]
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from glassgpt.config import ParallelConfig, UserError
 from glassgpt.loading import pick_device
+from glassgpt.model.mlp import MLP, GatedMLP
 from glassgpt.train.loss import Scored
 
 Result = TypeVar("Result")
@@ -176,9 +177,11 @@ def spread(scored: Scored, config: ParallelConfig, ranks: Ranks, *, compiled: bo
     if ranks.mesh is None:
         return scored
     if ranks.tensor_parallel > 1:
-        for block in scored.model.blocks:
-            plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-            parallelize_module(cast(nn.Module, block.mlp), ranks.mesh["tensor"], plan)
+        for module in scored.model.modules():
+            if isinstance(module, MLP | GatedMLP):
+                plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name, _ in module.named_children()}
+                plan["down"] = RowwiseParallel()
+                parallelize_module(module, ranks.mesh["tensor"], plan)
     if ranks.data_world == 1:
         return scored
     if config.strategy == "fsdp":

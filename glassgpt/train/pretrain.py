@@ -22,6 +22,7 @@ from glassgpt.config.files import CONFIG_FILE, read_yaml, to_plain, write_yaml
 from glassgpt.config.generate import Sampling
 from glassgpt.data import Corpus
 from glassgpt.generation import complete
+from glassgpt.interpret.cost import training_flops
 from glassgpt.loading import complete_checkpoints, find_config, load
 from glassgpt.model import GPT, use_attention
 from glassgpt.text import Tokenizer
@@ -94,7 +95,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=device)
     low_precision = machine.autocast(device, config.precision)
     step_tokens = config.batch_size * config.accumulation_steps * shape.context_tokens
-    step_flops = machine.flops_per_token(shape, shape.context_tokens) * step_tokens
+    step_flops = training_flops(shape, shape.context_tokens) * step_tokens
     peak = machine.peak_flops(device, config.precision) * (ranks.world if device.type == "cuda" else 1)
 
     step = checkpoint.restore(saved[-1], model, optimizers) if saved else 0

@@ -10,12 +10,16 @@ import pytest
 
 from glassgpt.config import PRESETS, DataConfig, ModelConfig, OptimConfig, ParallelConfig, Pretrain, UserError, preset
 from glassgpt.config.files import complete_folder, from_plain, read_yaml, to_plain, write_yaml
+from glassgpt.config.model import MoeConfig, RopeConfig
 
 # Every field differs from its default, so that a field which is not stored shows.
 UNUSUAL = Pretrain(
     out_dir="runs/thử nghiệm",
     resume=True,
-    model=ModelConfig(300, 48, n_layer=3, n_head=2, width=20, mlp_width=50, dropout=0.25, norm_eps=3e-6, tied_head=False),
+    model=ModelConfig(
+        *(300, 48, 3, 4, 20, 50, 0.25, 3e-6, False, "rope", RopeConfig(5e5, "yarn", 4.0, 12, 16.0, 2.0, 1.25), 2, 24, 0.5, True),
+        *(("full", "window"), 16, "rms", True, "swiglu", MoeConfig(6, 3, 1, 10, False, 0.5, 0.25), False, True, 30.0),
+    ),
     start="runs/before",
     data=DataConfig(("a.txt", "b/"), (3.0, 1.0), "tok", 0.125, deduplicate=True, mask_documents=True, replay_share=0.25),
     optim=OptimConfig("muon", 3e-4, 0.5, 0.8, "linear", 0.75, 0.0, 7, 0.01, 0.85, 0.99, 0.5),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glassgpt.config import PRESETS, ModelConfig, UserError, preset
+from glassgpt.config.files import from_plain
 from glassgpt.config.info import Info
 from glassgpt.generation.cache import KVCache
 from glassgpt.interpret.anatomy import HeadRows, Inference, Training, activation_bytes, anatomy, folded, qkv_rows
@@ -113,9 +115,9 @@ def projections(model: GPT, ids: Tensor) -> dict[str, Tensor]:
     """What the first layer's attention is given: q, k, v (B, H, T, W)."""
     given: list[dict[str, Tensor]] = []
 
-    def recording(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
+    def recording(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *rest: Any) -> Tensor:
         given.append({"q": q, "k": k, "v": v})
-        return plain(q, k, v, seen, dropout)
+        return plain(q, k, v, seen, *rest)
 
     use_attention(model, recording)
     with torch.no_grad():
@@ -245,7 +247,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown["stored"] is False
     assert (shown["parameters"], shown["parameters_untied"]) == (124_439_808, 163_037_184)
     assert shown["reason"] == facts.reason
-    assert ModelConfig(**shown["config"]) == PRESETS["gpt2"]
+    assert from_plain(ModelConfig, shown["config"]) == PRESETS["gpt2"]
     assert [set(tensor) for tensor in shown["tensors"]] == [{"name", "shape", "dtype", "count", "share", "tied_to"}] * 149
     assert sum(tensor["count"] for tensor in shown["tensors"]) == sum(group["count"] for group in shown["groups"])
     assert all(tensor["count"] in (0, math.prod(tensor["shape"])) for tensor in shown["tensors"])

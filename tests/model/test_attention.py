@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glassgpt.config import ModelConfig
 from glassgpt.generation.cache import KVCache
-from glassgpt.model import GPT, attention, blocked, fused, plain, use_attention
+from glassgpt.model import GPT, Where, attention, blocked, fused, plain, use_attention
 from glassgpt.model.attention import BLOCK_QUERIES, visible
 from glassgpt.model.gpt import Block
 
@@ -105,7 +105,7 @@ def test_blocked_under_autocast() -> None:
         given = x.clone().requires_grad_()
         layer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            z = layer(given)
+            z = layer(given, Where())
         assert z.dtype == torch.bfloat16
         z.float().square().sum().backward()
         found.append([z.detach().float(), given.grad, *(p.grad for p in layer.parameters())])
@@ -153,7 +153,7 @@ def test_a_compiled_block_attends_in_blocks(backend: str) -> None:
         for kind in ("causal", "segments"):
             given = x.clone().requires_grad_()
             block.zero_grad()
-            z = run(given, mask(kind, 200))
+            z = run(given, Where({"full": mask(kind, 200)}))
             z.square().sum().backward()
             found.append([z.detach(), given.grad, *(p.grad for p in block.parameters())])
     for eager, compiled in zip(found[:2], found[2:], strict=True):

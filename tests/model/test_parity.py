@@ -128,7 +128,7 @@ def _other_eps(model: GPT) -> None:
 
 
 def _attend(change: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Callable[[GPT], None]:
-    return lambda model: use_attention(model, lambda q, k, v, seen, dropout: change(q, k, v, seen))
+    return lambda model: use_attention(model, lambda q, k, v, seen, dropout, scale: change(q, k, v, seen))
 
 
 def _shifted_positions(model: GPT) -> None:
