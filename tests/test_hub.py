@@ -397,7 +397,7 @@ def test_revision(files: dict[str, bytes], tokenizer: Tokenizer, computer: Compu
         (TOKEN, ["download", "acme/nothing"], ["no repository 'acme/nothing'"]),
         ("", ["download", "acme/open", "--revision", "v9"], ["acme/open has no revision 'v9'"]),
         ("", ["download", "a/b/c"], ["'a/b/c' is not a valid hub id"]),
-        ("", ["download", "acme/llama"], ["config.json", "model_type 'llama' is not supported"]),
+        ("", ["download", "acme/falcon"], ["config.json", "model_type 'falcon' is not supported"]),
         ("", ["generate", "acme/open", "the cat"], ["no model 'acme/open'", "glassgpt download acme/open"]),
     ],
 )
@@ -409,7 +409,7 @@ def test_refusal_is_one_line(
         "open": Repo({"main": files}),
         "private": Repo({"main": files}, private=True),
         "gated": Repo({"main": files}, gated=True),
-        "llama": Repo({"main": files | {"config.json": b'{"model_type": "llama"}'}}),
+        "falcon": Repo({"main": files | {"config.json": b'{"model_type": "falcon"}'}}),
     }
     with running(**repos) as hub:
         line = computer.glassgpt(*arguments, endpoint=hub.url, HF_TOKEN=token).line()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from glassgpt.config.errors import UserError, check_at_least, nearest
 
@@ -33,9 +33,11 @@ class RopeConfig:
     """yarn: queries and keys are multiplied by this (0.1 ln factor + 1 when not given)."""
 
     def __post_init__(self) -> None:
-        for name in ("theta", "factor", "slow_turns"):
+        for name in ("theta", "factor", "fast_turns", "slow_turns"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise UserError(f"rope.{name} must be positive; got {getattr(self, name)}")
+        if self.theta <= 1:
+            raise UserError(f"rope.theta must be above 1, so that later pairs turn more slowly; got {self.theta}")
         if self.factor < 1:
             raise UserError(f"rope.factor must be at least 1; got {self.factor}")
         if self.fast_turns <= self.slow_turns:
@@ -204,6 +206,62 @@ def _gpt3(n_layer: int, n_head: int, width: int) -> ModelConfig:
     return ModelConfig(n_layer=n_layer, n_head=n_head, width=width, context_tokens=2048)
 
 
+def _gpt_neo(n_layer: int, n_head: int, width: int) -> ModelConfig:
+    return ModelConfig(
+        *(50257, 2048, n_layer, n_head, width),
+        qkv_bias=False,
+        attention_scale=1.0,
+        spans=("full", "window"),
+        window_tokens=256,
+    )
+
+
+def _bloom(n_layer: int, n_head: int, width: int) -> ModelConfig:
+    return ModelConfig(250880, 2048, n_layer, n_head, width, position="alibi", embedding_norm=True)
+
+
+def _modern(n_layer: int, n_head: int, width: int, n_kv_head: int, **changes: Any) -> ModelConfig:
+    """A GPT-2 size with what came after it: no position table, shared keys and values, gates, simpler norms, no biases."""
+    return ModelConfig(
+        n_layer=n_layer,
+        n_head=n_head,
+        width=width,
+        n_kv_head=n_kv_head,
+        position="rope",
+        norm="rms",
+        mlp="swiglu",
+        qk_norm=True,
+        bias=False,
+        **changes,
+    )
+
+
+def _published(
+    vocab_size: int,
+    context_tokens: int,
+    n_layer: int,
+    n_head: int,
+    n_kv_head: int,
+    width: int,
+    mlp_width: int,
+    theta: float,
+    **changes: Any,
+) -> ModelConfig:
+    """What the open models of 2023 to 2025 have in common."""
+    return ModelConfig(
+        *(vocab_size, context_tokens, n_layer, n_head, width, mlp_width),
+        **{"norm_eps": 1e-5, "tied_head": False, "rope": RopeConfig(theta), **changes},
+        n_kv_head=n_kv_head,
+        position="rope",
+        norm="rms",
+        mlp="swiglu",
+        bias=False,
+    )
+
+
+_SIZES = {"": (12, 12, 768, 4), "-medium": (24, 16, 1024, 4), "-large": (36, 20, 1280, 5), "-xl": (48, 25, 1600, 5)}
+_LONGER = RopeConfig(5e5, "smooth", 8.0, 8192, fast_turns=4.0)
+
 PRESETS: dict[str, ModelConfig] = {
     # Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Texts often call gpt2-large
     # "1.5 B"; it has 774 M parameters, and gpt2-xl is the 1.5 B one.
@@ -223,6 +281,39 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt3-6.7b": _gpt3(32, 32, 4096),
     "gpt3-13b": _gpt3(40, 40, 5120),
     "gpt3-175b": _gpt3(96, 96, 12288),
+    # GPT-2's sizes with everything that came later (`modern`), with a mixture of 8 experts of which 2 are active, as wide
+    # together as the dense MLP (`moe`), and GPT-2 with every second layer seeing 256 tokens, as GPT-3 has it (`sparse`).
+    **{f"modern{size}": _modern(*shape) for size, shape in _SIZES.items()},
+    **{f"moe{size}": _modern(*shape, moe=MoeConfig(experts=8)) for size, shape in _SIZES.items()},
+    **{
+        f"sparse{size}": dataclasses.replace(_gpt2(*shape[:3]), spans=("full", "window"), window_tokens=256)
+        for size, shape in _SIZES.items()
+    },
+    # Shapes of published open models, from their config.json.
+    "llama-2-7b": _published(32000, 4096, 32, 32, 32, 4096, 11008, 1e4),
+    "llama-3-8b": _published(128256, 8192, 32, 32, 8, 4096, 14336, 5e5),
+    "llama-3-70b": _published(128256, 8192, 80, 64, 8, 8192, 28672, 5e5),
+    "llama-3.1-8b": _published(128256, 131072, 32, 32, 8, 4096, 14336, 5e5, rope=_LONGER),
+    "mistral-7b": _published(32000, 32768, 32, 32, 8, 4096, 14336, 1e4, spans=("window",), window_tokens=4096),
+    "mixtral-8x7b": _published(32000, 32768, 32, 32, 8, 4096, 14336, 1e6, moe=MoeConfig(8, 2, expert_width=14336)),
+    "qwen2.5-0.5b": _published(151936, 32768, 24, 14, 2, 896, 4864, 1e6, norm_eps=1e-6, tied_head=True, qkv_bias=True),
+    "qwen2.5-7b": _published(152064, 131072, 28, 28, 4, 3584, 18944, 1e6, norm_eps=1e-6, qkv_bias=True),
+    "qwen3-0.6b": _published(
+        151936, 40960, 28, 16, 8, 1024, 3072, 1e6, norm_eps=1e-6, tied_head=True, qk_norm=True, attention_width=2048
+    ),
+    "qwen3-8b": _published(151936, 40960, 36, 32, 8, 4096, 12288, 1e6, norm_eps=1e-6, qk_norm=True),
+    "qwen3-30b-a3b": _published(
+        *(151936, 40960, 48, 32, 4, 2048, 6144, 1e6),
+        norm_eps=1e-6,
+        qk_norm=True,
+        attention_width=4096,
+        moe=MoeConfig(128, 8, expert_width=768),
+    ),
+    "gpt-neo-125m": _gpt_neo(12, 12, 768),
+    "gpt-neo-1.3b": _gpt_neo(24, 16, 2048),
+    "gpt-neo-2.7b": _gpt_neo(32, 20, 2560),
+    "bloom-560m": _bloom(24, 16, 1024),
+    "bloom-176b": _bloom(70, 112, 14336),
     # Small ones: `storyteller` is the bundled model's shape, `nano` trains in a minute on two cores, `tiny` is for tests.
     "storyteller": ModelConfig(vocab_size=8192, context_tokens=512, n_layer=6, n_head=5, width=320),
     "nano": ModelConfig(vocab_size=2048, context_tokens=128, n_layer=4, n_head=4, width=128),

@@ -1,4 +1,4 @@
-"""Weights to and from files: our own folders and Hugging Face's. The one place where published names live.
+"""Weights to and from files: our own folders and Hugging Face's, whose names for things are in `families`.
 
 Ours: `model.json` (the configuration) and `model.safetensors` (parameters by our names; a tied head is stored once).
 Theirs: `config.json` and weights as safetensors or PyTorch pickles, whole or in shards.
@@ -12,7 +12,7 @@ import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.errors import first_line
 from glassgpt.config.files import from_plain
+from glassgpt.model.families import Family, Stored, family, family_of
 from glassgpt.model.gpt import GPT
 
 CONFIG_FILE = "model.json"
@@ -29,13 +30,6 @@ WEIGHTS_FILE = "model.safetensors"
 SHARDED = "sharded"  # folder of the parts that several processes have written
 HF_CONFIG_FILE = "config.json"
 HF_WEIGHTS_FILES = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-class Stored(NamedTuple):
-    """Where one of our parameters is found in a file."""
-
-    name: str
-    transposed: bool = False
 
 
 # ---------------------------------------------------------------------- our folders
@@ -100,69 +94,16 @@ def sharded_reader(folder: Path) -> Any:
 
 # ---------------------------------------------------------------------- Hugging Face folders
 
-_OUTSIDE = {
-    "token_embedding.weight": Stored("wte.weight"),
-    "position_embedding.weight": Stored("wpe.weight"),
-    "norm_f.weight": Stored("ln_f.weight"),
-    "norm_f.bias": Stored("ln_f.bias"),
-    "head.weight": Stored("lm_head.weight"),
-}
-# GPT-2 stores its linear maps as Conv1D, (in, out): the transpose of ours.
-_LINEAR = {"attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
-_NORM = {"norm_1": "ln_1", "norm_2": "ln_2"}
-_MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
-_PREFIX = "transformer."
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names -> PyTorch's
-# Settings that change the maths and that this model does not have, with the value it stands for.
-_FIXED: dict[str, tuple[object, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
-
-
-def config_from_hf(values: dict[str, Any]) -> ModelConfig:
-    """A Hugging Face `config.json` as ours. Raises UserError with the field that cannot be represented."""
-    if values.get("model_type") != "gpt2":
-        raise UserError(f"model_type {values.get('model_type')!r} is not supported; this version loads 'gpt2'")
-    for name, allowed in _FIXED.items():
-        if name in values and values[name] not in allowed:
-            raise UserError(f"{name} = {values[name]!r} cannot be represented; expected {' or '.join(map(repr, allowed))}")
-    try:
-        ours = {
-            "vocab_size": values["vocab_size"],
-            "context_tokens": values.get("n_positions", values.get("n_ctx", 1024)),
-            "n_layer": values["n_layer"],
-            "n_head": values["n_head"],
-            "width": values["n_embd"],
-            "mlp_width": values.get("n_inner"),
-            "dropout": values.get("resid_pdrop", 0.1),
-            "norm_eps": values.get("layer_norm_epsilon", 1e-5),
-            "tied_head": values.get("tie_word_embeddings", True),
-        }
-    except KeyError as error:
-        raise UserError(f"the field {error} is missing") from error
-    return from_plain(ModelConfig, ours)  # checks the types
 
 
 def config_to_hf(config: ModelConfig, end_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Our configuration as the `config.json` of a `GPT2LMHeadModel`."""
+    """Our configuration as a `config.json`. Raises UserError when no published architecture says all of it."""
+    family = family_of(config)
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_tokens,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.width,
-        "n_inner": config.mlp_width,
-        "activation_function": "gelu_new",
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "layer_norm_epsilon": config.norm_eps,
-        "tie_word_embeddings": config.tied_head,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **family.write(config),
         "bos_token_id": end_id,
         "eos_token_id": end_id,
         "dtype": str(dtype).removeprefix("torch."),
@@ -170,64 +111,75 @@ def config_to_hf(config: ModelConfig, end_id: int | None, dtype: torch.dtype) ->
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
-    """The configuration of a Hugging Face folder."""
+    """The configuration of a Hugging Face folder. Raises UserError with the field that cannot be represented."""
+    return _read_hf(folder)[1]
+
+
+def _read_hf(folder: Path) -> tuple[Family, ModelConfig]:
     values = _read_json(folder / HF_CONFIG_FILE)
     try:
-        return config_from_hf(values)
+        kind = family(values.get("model_type"))
+        return kind, kind.read(values)
     except UserError as error:
         raise UserError(f"{folder / HF_CONFIG_FILE}: {error}") from error
 
 
 def load_hf(folder: Path) -> GPT:
-    """Read a Hugging Face folder: names with or without `transformer.`, no mask buffers, a tied head stored or not.
+    """Read a Hugging Face folder: names with or without prefix, no mask buffers, a tied head stored or not.
 
     Raises UserError naming every tensor that is missing, unexpected or of the wrong shape, or the file that is damaged.
     """
-    config = read_hf_config(folder)
+    kind, config = _read_hf(folder)
     tensors = {
-        name.removeprefix(_PREFIX): tensor
+        name.removeprefix(kind.prefix): tensor
         for name, tensor in _read_tensors(folder, HF_WEIGHTS_FILES).items()
-        if not name.endswith(_MASK_BUFFERS)
+        if not name.endswith(kind.ignored)
     }
-    if config.tied_head and "lm_head.weight" in tensors:
-        head = tensors.pop("lm_head.weight")
-        if not torch.equal(head, tensors.setdefault("wte.weight", head)):  # some writers keep the head's name only
+    (embedding,), (head_name,) = (kind.stored(config, f"{name}.weight").names for name in ("token_embedding", "head"))
+    if config.tied_head and head_name in tensors:
+        head = tensors.pop(head_name)
+        if not torch.equal(head, tensors.setdefault(embedding, head)):  # some writers keep the head's name only
             raise UserError(
-                f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from wte.weight;"
+                f"{folder}: tie_word_embeddings is true, but {head_name} differs from {embedding};"
                 " set tie_word_embeddings to false in config.json to keep both"
             )
-    return _fill(config, tensors, _hf_names(config), folder)
+    return _fill(config, tensors, _hf_names(kind, config), folder)
 
 
 def save_hf(model: GPT, folder: Path, end_id: int | None, dtype: torch.dtype | None = None) -> None:
-    """Write `config.json` and `model.safetensors` as `transformers` does for GPT-2. Loading gives the same bits."""
-    safetensors.torch.save_file(hf_tensors(model, dtype), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    """Write `config.json` and `model.safetensors` as `transformers` does for the architecture. Loading gives the same bits.
+
+    Raises UserError when no published architecture is this network.
+    """
     values = config_to_hf(model.config, end_id, dtype or next(model.parameters()).dtype)
+    safetensors.torch.save_file(hf_tensors(model, dtype), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / HF_CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def hf_tensors(model: GPT, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The parameters as a `GPT2LMHeadModel`'s state dict; a tied head is left out."""
-    stored = _hf_names(model.config)
+    """The parameters as the state dict of the class in `transformers`; a tied head is left out."""
+    config, kind = model.config, family_of(model.config)
     tensors = {}
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach().to("cpu", dtype)
-        prefix = "" if name == "head.weight" else _PREFIX
-        tensors[prefix + stored[name].name] = (tensor.t() if stored[name].transposed else tensor).contiguous()
+        stored, ours = kind.stored(config, name), parameter.detach().to("cpu", dtype)
+        if stored.by_head:
+            ours = ours.unflatten(0, (3, config.n_head, -1)).transpose(0, 1).flatten(0, 2)
+        for theirs, part in zip(stored.names, ours.split(_rows(config, stored, len(ours))), strict=True):
+            prefix = "" if name == "head.weight" else kind.prefix
+            tensors[prefix + theirs] = (part.t() if stored.transposed else part).contiguous()
     return tensors
 
 
-def _hf_names(config: ModelConfig) -> dict[str, Stored]:
+def _hf_names(kind: Family, config: ModelConfig) -> dict[str, Stored]:
     """Our parameter names -> theirs, in our order."""
-    names = dict(_OUTSIDE)
-    for layer in range(config.n_layer):
-        for ours, theirs in _LINEAR.items():
-            names[f"blocks.{layer}.{ours}.weight"] = Stored(f"h.{layer}.{theirs}.weight", transposed=True)
-            names[f"blocks.{layer}.{ours}.bias"] = Stored(f"h.{layer}.{theirs}.bias")
-        for ours, theirs in _NORM.items():
-            for kind in ("weight", "bias"):
-                names[f"blocks.{layer}.{ours}.{kind}"] = Stored(f"h.{layer}.{theirs}.{kind}")
-    return {name: names[name] for name in _own_names(config)}
+    return {name: kind.stored(config, name) for name in _own_names(config)}
+
+
+def _rows(config: ModelConfig, stored: Stored, rows: int) -> list[int]:
+    """Rows of ours that each of the tensors named holds: all in one, or those of q, of k and of v."""
+    if len(stored.names) == 1:
+        return [rows]
+    return [heads * config.head_width for heads in (config.n_head, config.kv_heads, config.kv_heads)]
 
 
 # ---------------------------------------------------------------------- shared by both
@@ -242,14 +194,17 @@ def stored_dtypes(config: ModelConfig, folder: Path, is_hf: bool) -> dict[str, s
     for path in _weights_files(folder, HF_WEIGHTS_FILES if is_hf else [WEIGHTS_FILE]):
         if path.suffix == ".safetensors":
             found |= _read_dtypes(path)
-    theirs = _hf_names(config) if is_hf else _own_names(config)
-    return {ours: _DTYPES.get(found[name.name], found[name.name]) for ours, name in theirs.items() if name.name in found}
+    kind = _read_hf(folder)[0] if is_hf else None
+    found = {name.removeprefix(kind.prefix if kind else ""): dtype for name, dtype in found.items()}
+    theirs = _hf_names(kind, config) if kind else _own_names(config)
+    firsts = {ours: stored.names[0] for ours, stored in theirs.items()}
+    return {ours: _DTYPES.get(found[name], found[name]) for ours, name in firsts.items() if name in found}
 
 
 def _own_names(config: ModelConfig) -> dict[str, Stored]:
     """Every parameter once, stored under our own name; nothing is allocated."""
     with torch.device("meta"):
-        return {name: Stored(name) for name, _ in GPT(config).named_parameters()}
+        return {name: Stored((name,)) for name, _ in GPT(config).named_parameters()}
 
 
 def _fill(config: ModelConfig, tensors: dict[str, Tensor], names: dict[str, Stored], folder: Path) -> GPT:
@@ -258,17 +213,23 @@ def _fill(config: ModelConfig, tensors: dict[str, Tensor], names: dict[str, Stor
         model = GPT(config)
     problems, state = [], {}
     for ours, parameter in model.named_parameters():
-        stored = names[ours]
-        expected = tuple(reversed(parameter.shape)) if stored.transposed else tuple(parameter.shape)
-        tensor = tensors.pop(stored.name, None)
-        if tensor is None:
-            problems.append(f"{stored.name}: missing, expected shape {expected}")
-        elif tuple(tensor.shape) != expected:
-            problems.append(f"{stored.name}: shape {tuple(tensor.shape)}, expected {expected}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{stored.name}: {tensor.dtype}, expected floating point numbers")
-        else:
-            state[ours] = tensor.t().contiguous() if stored.transposed else tensor
+        stored, parts = names[ours], []
+        for name, rows in zip(stored.names, _rows(config, stored, len(parameter)), strict=True):
+            shape = (rows, *parameter.shape[1:])
+            expected = shape[::-1] if stored.transposed else shape
+            tensor = tensors.pop(name, None)
+            if tensor is None:
+                problems.append(f"{name}: missing, expected shape {expected}")
+            elif tuple(tensor.shape) != expected:
+                problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
+            elif not tensor.is_floating_point():
+                problems.append(f"{name}: {tensor.dtype}, expected floating point numbers")
+            else:
+                parts.append(tensor.t().contiguous() if stored.transposed else tensor)
+        if len(parts) == len(stored.names):
+            state[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if stored.by_head:
+                state[ours] = state[ours].unflatten(0, (config.n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
     problems += [f"{name}: unexpected, shape {tuple(tensor.shape)}" for name, tensor in tensors.items()]
     if problems:
         raise UserError(f"{folder}: the weights do not fit the configuration:\n  " + "\n  ".join(problems))
@@ -280,10 +241,10 @@ def _fill(config: ModelConfig, tensors: dict[str, Tensor], names: dict[str, Stor
 
 
 def _read_dtypes(path: Path) -> dict[str, str]:
-    """What a safetensors file says of its tensors, by their names without prefix."""
+    """What a safetensors file says of its tensors, by their names."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return {name.removeprefix(_PREFIX): file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
 

@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from glassgpt.config import ModelConfig
 from glassgpt.model import GPT, weights
+from glassgpt.model.families import FAMILIES
 
 SMALL = ModelConfig(vocab_size=101, context_tokens=24, n_layer=3, n_head=4, width=32)
 
@@ -35,11 +36,11 @@ def add_noise(model: nn.Module, size: float) -> None:
 @torch.no_grad()
 def converted(oracle: GPT2LMHeadModel, config: ModelConfig) -> GPT:
     """Our model with the oracle's weights."""
-    stored = weights._hf_names(config)
+    stored = weights._hf_names(FAMILIES["gpt2"], config)
     theirs = {name.removeprefix("transformer."): parameter for name, parameter in oracle.named_parameters()}
     model = GPT(config).to(next(oracle.parameters()).dtype).eval()
     for name, parameter in model.named_parameters():
-        tensor = theirs[stored[name].name]
+        tensor = theirs[stored[name].names[0]]
         parameter.copy_(tensor.t() if stored[name].transposed else tensor)
     return model
 

@@ -320,7 +320,7 @@ def test_code_in_a_pickle_does_not_run(zipped: bool, theirs: GPT2LMHeadModel, fo
         ("scale_attn_by_inverse_layer_idx", True),
         ("scale_attn_weights", False),
         ("add_cross_attention", True),
-        ("model_type", "llama"),
+        ("model_type", "falcon"),
     ],
 )
 def test_unsupported_field_is_named(field: str, value: object, folder: Path) -> None:
