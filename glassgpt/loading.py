@@ -1,4 +1,4 @@
-"""Models by name: `load`, `download`, `export`."""
+"""Models by name: `load`, `download`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 
 from glassgpt.config import PRESETS, ModelConfig, UserError, nearest
 from glassgpt.config.errors import first_line
-from glassgpt.config.files import complete_folder
-from glassgpt.config.hub import Download, Export
+from glassgpt.config.hub import Download
 from glassgpt.model import GPT, weights
-from glassgpt.text import END_OF_TEXT, Tokenizer
+from glassgpt.text import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 COMPLETE_FILE = "complete.json"  # written last into a checkpoint, with the size of every other file
@@ -184,31 +183,3 @@ def _snapshot(repo: str, **options: Any) -> Path:
     if not list(folder.glob("model*.safetensors")):
         snapshot_download(repo, allow_patterns=HUB_PICKLES, **options)
     return folder
-
-
-# ---------------------------------------------------------------------- export
-
-
-def export(config: Export) -> Path:
-    """Write a model in a layout of choice; returns the folder. It appears complete or not at all."""
-    model, tokenizer = load(config.model, dtype=None if config.dtype == "as-is" else getattr(torch, config.dtype))
-    target = Path(config.out_dir)
-    with complete_folder(target) as aside:
-        tokenizer.save(aside)
-        if config.to == "glassgpt":
-            weights.save(model, aside)
-        else:
-            weights.save_hf(model, aside, tokenizer.end_id)
-            _save_hf_tokenizer_facts(aside, tokenizer, model.config.context_tokens)
-    print(f"wrote {target}")
-    return target
-
-
-def _save_hf_tokenizer_facts(folder: Path, tokenizer: Tokenizer, context_tokens: int) -> None:
-    """What `transformers` wants to know beside tokenizer.json: its class, its limit, the special tokens, where texts end."""
-    facts: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_tokens}
-    if tokenizer.end_id is not None:
-        facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-        ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_id)
-        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")

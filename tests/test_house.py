@@ -14,11 +14,12 @@ from glassgpt.config import PRESETS, Pretrain, UserError
 from glassgpt.config.files import read_yaml
 
 LAYERS = (
-    "config", "charts", "text", "data", "model", "loading", "generation", "interpret", "evaluation", "train", "compress",
+    "config", "charts", "text", "data", "model", "loading", "gguf_writer",
+    "exporting", "generation", "interpret", "evaluation", "train", "compress",
     "retrieve", "lab", "serve", "cli",
 )  # fmt: skip
 ONLY_CONFIG = ("text", "model")  # these know of nothing else
-FAMILY = re.compile(r"(distil)?gpt-?\d|llama|mi[sx]tral|qwen|gemma|deepseek|neox|falcon|\bphi\b", re.IGNORECASE)
+FAMILY = re.compile(r"(distil)?gpt[-_]?(\d|neo)|bloom|llama|mi[sx]tral|qwen|gemma|deepseek|neox|falcon|\bphi\b", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------- imports

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import glassgpt
 from glassgpt.config import ModelConfig, OptimConfig, UserError
 from glassgpt.config.hub import Export
-from glassgpt.loading import export, find_config, load
+from glassgpt.exporting import export
+from glassgpt.loading import find_config, load
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint, optim

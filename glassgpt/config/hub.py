@@ -26,8 +26,8 @@ class Export:
     """A bundled model, a run folder, a Hugging Face folder or a downloaded hub id."""
     out_dir: Annotated[str, Positional, arg(metavar="DIR")]
     """Folder to make; it must not exist."""
-    to: Literal["hf", "glassgpt"] = "hf"
-    """hf: Hugging Face layout (config.json, model.safetensors, tokenizer.json), which `transformers` opens;
-    glassgpt: our own (model.json in place of config.json), as bundled models are."""
+    to: Literal["hf", "gguf", "glassgpt"] = "hf"
+    """hf: Hugging Face layout (config.json, model.safetensors, tokenizer.json), which `transformers` and vLLM open;
+    gguf: model.gguf, tokenizer included, which llama.cpp runs; glassgpt: our own (model.json in place of config.json)."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
     """Precision of the written weights; as-is keeps that of the source."""

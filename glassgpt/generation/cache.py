@@ -57,7 +57,7 @@ class KVCache:
         keys = k if before_k is None else torch.cat((before_k[:, :, before_k.size(2) - held :], k), dim=2)
         values = v if before_v is None else torch.cat((before_v[:, :, before_v.size(2) - held :], v), dim=2)
         room = self._windows[layer] or 0
-        self._k[layer], self._v[layer] = (x if x.size(2) <= room else x[:, :, -room:].clone() for x in (keys, values))
+        self._k[layer], self._v[layer] = (x[:, :, -room:].clone() for x in (keys, values))  # not a view of something larger
         return keys, values
 
     def _with_room(self, held: Tensor | None, new: Tensor, end: int) -> Tensor:

@@ -15,6 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from glassgpt.config import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")
+"""What ends a text in published vocabularies; ours have the first."""
 # (vocabulary, merges): Hugging Face's names and OpenAI's.
 VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
@@ -107,7 +109,12 @@ class Tokenizer:
     @property
     def end_id(self) -> int | None:
         """Id of the end-of-text token, None when the vocabulary has none."""
-        return self._backend.token_to_id(END_OF_TEXT)
+        return None if self.end_token is None else self._backend.token_to_id(self.end_token)
+
+    @property
+    def end_token(self) -> str | None:
+        """The end-of-text token itself: the first of ENDS that is there."""
+        return next((token for token in ENDS if self._backend.token_to_id(token) is not None), None)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`. `<|endoftext|>` in it is ordinary text unless `allow_special`: users' text must not end documents."""
@@ -157,6 +164,11 @@ class Tokenizer:
         if rest := decoder.decode(b"", final=True):
             yield rest
 
+    def pieces(self) -> list[str]:
+        """The vocabulary by id, each token in `byte_characters`; empty where the vocabulary leaves an id out."""
+        by_id = {token_id: token for token, token_id in self._backend.get_vocab(with_added_tokens=True).items()}
+        return [by_id.get(token_id, "") for token_id in range(max(by_id) + 1)]
+
     def byte_lengths(self) -> list[int]:
         """Bytes of text behind each id, 0 for special tokens: what bits per byte divides by."""
         return [0 if token_id in self._special else len(data) for token_id, data in enumerate(self._bytes_of_id)]
@@ -167,22 +179,36 @@ class Tokenizer:
 
     @cached_property
     def _bytes_of_id(self) -> list[bytes]:
-        table = byte_characters()
-        pieces = {token_id: token for token, token_id in self._backend.get_vocab(with_added_tokens=True).items()}
-        return [
-            pieces.get(token_id, "").encode()
-            if token_id in self._special or not all(c in table for c in pieces.get(token_id, ""))
-            else bytes(table[c] for c in pieces.get(token_id, ""))
-            for token_id in range(max(pieces) + 1)
-        ]
+        to_bytes = _fallback_bytes if self._falls_back else _byte_level_bytes
+        return [piece.encode() if i in self._special else to_bytes(piece) for i, piece in enumerate(self.pieces())]
+
+    @cached_property
+    def _falls_back(self) -> bool:
+        """Whether tokens are text, with one for each byte beside them (SentencePiece's way), in place of byte characters."""
+        return bool(json.loads(self.to_json())["model"].get("byte_fallback"))
 
     @cached_property
     def _byte_ids(self) -> list[int]:
-        ids = [self._backend.token_to_id(character) for character, _ in sorted(byte_characters().items(), key=lambda c: c[1])]
+        characters = [character for character, _ in sorted(byte_characters().items(), key=lambda c: c[1])]
+        names = [f"<0x{byte:02X}>" for byte in range(256)] if self._falls_back else characters
+        ids = [self._backend.token_to_id(name) for name in names]
         known = [token_id for token_id in ids if token_id is not None]
         if len(known) < 256:
             raise UserError(f"the tokenizer is not byte-level: it has tokens for {len(known)} of 256 bytes")
         return known
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    """`Ġthe` -> b" the"; a piece with other characters in it is text."""
+    table = byte_characters()
+    return bytes(table[c] for c in piece) if all(c in table for c in piece) else piece.encode()
+
+
+def _fallback_bytes(piece: str) -> bytes:
+    """`▁the` -> b" the", `<0x0A>` -> b"\\n"."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
 
 
 def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:

@@ -20,7 +20,7 @@ from torch import Tensor
 from glassgpt.config import ModelConfig, UserError, preset
 from glassgpt.config.model import MoeConfig, RopeConfig
 from glassgpt.model import GPT, weights
-from glassgpt.model.families import FAMILIES, complete, shortest
+from glassgpt.model.families import FAMILIES, complete, family_of, shortest
 
 T, V = 40, 50
 TINY = {
@@ -333,3 +333,31 @@ def test_patterns() -> None:
     assert shortest(("full", "window", "full", "window")) == ("full", "window")
     assert shortest(("full", "window", "full")) == ("full", "window")
     assert shortest(("full", "full", "window")) == ("full", "full", "window")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("mistral-7b", 7_241_732_096),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("gpt-neo-125m", 125_198_592),
+        ("gpt-neo-1.3b", 1_315_575_808),
+        ("gpt-neo-2.7b", 2_651_307_520),
+        ("bloom-560m", 559_214_592),
+        ("bloom-176b", 176_247_271_424),
+    ],
+)
+def test_published_parameter_counts(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = GPT(preset(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert family_of(model.config).architecture  # some class of theirs is this network

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -232,3 +233,26 @@ def test_bytes_need_a_byte_level_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("")
     with pytest.raises(UserError, match="tokens for 1 of 256 bytes"):
         Tokenizer.load(tmp_path).encode_bytes(b"\xff")
+
+
+# ---------------------------------------------------------------------- SentencePiece's way
+
+
+def test_tokens_that_are_text_with_bytes_beside_them() -> None:
+    """As Llama 2 and Mistral have them: `▁` for a space, `<0xNN>` for what no token has, a space before the text."""
+    words = ["▁", "t", "h", "e", "c", "a", "▁t", "▁th", "▁the", "</s>"]
+    vocabulary = {piece: n for n, piece in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *words])}
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e")]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, byte_fallback=True))
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    backend.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode("the cat ế\n")
+    assert ids[0] == vocabulary["▁the"]
+    assert tokenizer.decode(ids) == " the cat ế\n"
+    assert "".join(tokenizer.stream(ids)) == " the cat ế\n"
+    assert tokenizer.byte_lengths()[vocabulary["▁the"]] == 4 and tokenizer.byte_lengths()[10] == 1
+    assert (tokenizer.end_token, tokenizer.end_id) == ("</s>", vocabulary["</s>"])
+    assert tokenizer.decode_bytes(tokenizer.encode_bytes(b"the\xff")) == b" the\xff"

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glassgpt.config import preset
 from glassgpt.model import GPT
+from glassgpt.model.gpt import capped
 from glassgpt.train import loss
 from glassgpt.train.loss import IGNORE, Scored, head_loss, token_loss
 
@@ -93,6 +94,46 @@ def test_head_loss_is_the_plain_loss(positions: int, in_piece: int, ignored: str
             assert ignored == "all" or b.abs().max() > 1e-2
 
 
+CAP = 4.0
+
+
+@pytest.mark.parametrize("positions", [2, 21])  # in a chunk; there are 21
+@pytest.mark.parametrize("in_piece", [3, 1000])
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+def test_capped_head_loss_is_the_plain_loss_of_capped_logits(
+    positions: int, in_piece: int, ignored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", positions * V + V - 1)
+    monkeypatch.setattr(loss, "PIECE_LOGITS", in_piece * V)
+    hidden, weight, targets = numbers(ignored)
+    logits = hidden @ weight.T
+    assert logits.abs().max() > 2 * CAP  # so that the cap does something
+    found = gradients(head_loss(hidden, weight, targets, CAP).sum, hidden, weight)
+    for a, b in zip(gradients(token_loss(CAP * (logits / CAP).tanh(), targets).sum, hidden, weight), found, strict=True):
+        assert (a - b).abs().max() < 1e-12
+    if ignored != "all":
+        slopeless = gradients(token_loss(logits + (capped(logits, CAP) - logits).detach(), targets).sum, hidden, weight)
+        for wrong in (slopeless, gradients(head_loss(hidden, weight, targets, CAP + 0.1).sum, hidden, weight)):
+            assert (wrong[1] - found[1]).abs().max() > 1e-3 and (wrong[2] - found[2]).abs().max() > 1e-3
+
+
+def test_capped_head_loss_passes_gradcheck_and_a_wide_cap_is_none() -> None:
+    hidden, weight, targets = numbers()
+    assert torch.autograd.gradcheck(lambda h, w: head_loss(h, w, targets, CAP).sum, (hidden, weight))
+    wide, none = (gradients(head_loss(hidden, weight, targets, cap).sum, hidden, weight) for cap in (1e8, None))
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(wide, none, strict=True))
+
+
+def test_capped_head_loss_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 4 * V)
+    hidden, weight, targets = numbers(dtype=torch.float32)
+    exact = gradients(token_loss(capped(hidden @ weight.T, CAP), targets).sum, hidden, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(head_loss(hidden, weight, targets, CAP).sum, hidden, weight)
+    for a, b in zip(exact, ours, strict=True):
+        assert b.dtype == torch.float32 and (a - b).abs().max() < 0.02 * a.abs().max()
+
+
 def test_head_loss_when_one_side_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 4 * V)
     hidden, weight, targets = numbers()
@@ -151,8 +192,8 @@ def test_all_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_scored_is_the_models_loss() -> None:
     torch.manual_seed(0)
-    for tied in (True, False):
-        model = GPT(preset("tiny", vocab_size=300, tied_head=tied)).double()
+    for tied, cap in ((True, None), (False, None), (True, 0.5)):
+        model = GPT(preset("tiny", vocab_size=300, tied_head=tied, logit_cap=cap)).double()
         ids = torch.randint(300, (2, 17))
         plain = torch.autograd.grad(token_loss(model(ids[:, :-1]), ids[:, 1:]).sum, list(model.parameters()))
         ours = torch.autograd.grad(Scored(model)(ids[:, :-1], ids[:, 1:]), list(model.parameters()))
