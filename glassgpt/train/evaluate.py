@@ -17,8 +17,9 @@ from glassgpt.config import UserError
 from glassgpt.config.evaluate import Evaluate
 from glassgpt.data import Batch
 from glassgpt.loading import load, pick_device
+from glassgpt.model import Routes
 from glassgpt.train import machine, parallel
-from glassgpt.train.loss import IGNORE, Scored
+from glassgpt.train.loss import IGNORE, Scored, routing
 from glassgpt.train.parallel import Ranks
 
 
@@ -53,6 +54,19 @@ def measure(
     nats, tokens, text_bytes = ranks.total([nats, tokens, text_bytes])
     text_bytes = max(1.0, text_bytes)
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes, "tokens": tokens, "bytes": text_bytes}
+
+
+@torch.no_grad()
+def expert_usage(scored: nn.Module, batch: Batch, top_k: int, ranks: Ranks) -> list[list[float]]:
+    """Share of the routers' choices that fell on each expert of each layer, for one batch. Every rank calls it with its own."""
+    was_training, routes = scored.training, Routes()
+    scored.eval()
+    segments = None if batch.segments is None else batch.segments.to(ranks.device)
+    with torch.compiler.set_stance("force_eager"):
+        scored(batch.ids.to(ranks.device), batch.targets.to(ranks.device), segments, routes)
+    scored.train(was_training)
+    parallel.reshard(scored)
+    return [[round(share, 4) for share in layer] for layer in routing(routes, top_k).usage.tolist()]
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

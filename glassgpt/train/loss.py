@@ -140,17 +140,18 @@ class Scored(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        """ids, targets, segments (B, T); a scalar, differentiable.
+    def forward(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None, routes: Routes | None = None) -> Tensor:
+        """ids, targets, segments (B, T); a scalar, differentiable. Routers leave their logits in `routes`, if given.
 
         In training the gradient of a mixture of experts has the routers' losses in it, times the number of tokens; the value is
         the plain loss all the same.
         """
         config = self.model.config
-        routes = Routes() if config.moe.experts and self.training else None
+        if routes is None and config.moe.experts and self.training:
+            routes = Routes()
         hidden = self.model.hidden(ids, segments=segments, routes=routes)
         loss = head_loss(hidden, self.model.head.weight, targets, config.logit_cap)
-        if routes is None:
+        if routes is None or not self.training:
             return loss.sum
         shared_out = routing(routes, config.moe.top_k)
         more = loss.count * (config.moe.balance_loss * shared_out.balance + config.moe.z_loss * shared_out.z)

@@ -27,7 +27,7 @@ from glassgpt.loading import complete_checkpoints, find_config, load
 from glassgpt.model import GPT, use_attention
 from glassgpt.text import Tokenizer
 from glassgpt.train import checkpoint, guard, ledger, machine, optim, parallel
-from glassgpt.train.evaluate import measure
+from glassgpt.train.evaluate import expert_usage, measure
 from glassgpt.train.loss import Scored
 from glassgpt.train.parallel import Ranks
 from glassgpt.train.run import LOG_FILE, Log, Progress, Silent, Trackers, plot_loss
@@ -173,6 +173,12 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
                 said = f"held-out loss {entry['val_loss']:.4f}, {entry['val_bits_per_byte']:.4f} bits per byte"
                 parts = ", ".join(f"{name} {value['loss']:.4f}" for name, value in entry.get("domains", {}).items())
                 progress.say(f"step {step}: {said}{f' ({parts})' if parts else ''}")
+                if shape.moe.experts:
+                    entry["expert_usage"] = usage = expert_usage(trained, batches[0], shape.moe.top_k, ranks)
+                    busiest, idlest = max(map(max, usage)), min(map(min, usage))
+                    progress.say(
+                        f"  experts: {idlest:.0%} to {busiest:.0%} of a layer's choices (even: {1 / shape.moe.experts:.0%})"
+                    )
             if last or (config.sample_interval and step % config.sample_interval == 0):
                 entry["sample"] = sample(model, tokenizer, config, ranks)
                 progress.show_sample(step, f"{config.sample_prompt}{entry['sample']}")

@@ -114,3 +114,11 @@ def test_the_checkpoint_writes_text(name: str, runs: Any) -> None:
             ids.append(token.id)
         assert completion.text == tokenizer.decode([token.id for token in completion.tokens])
         assert len(completion.tokens) == 18
+
+
+def test_the_log_has_what_each_expert_is_given(runs: Any) -> None:
+    usage = torch.tensor(read_log(runs("mixture"))[-1]["expert_usage"])
+    assert usage.shape == (2, 4)
+    assert torch.allclose(usage.sum(dim=1), torch.ones(2), atol=1e-3)
+    assert usage.max() < 0.5 + 1e-3  # each token's two choices are two experts
+    assert "expert_usage" not in read_log(runs("modern"))[-1]
