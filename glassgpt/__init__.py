@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from glassgpt.config.hub import Download as Download
     from glassgpt.config.hub import Export as Export
     from glassgpt.config.info import Info as Info
+    from glassgpt.config.plan import Plan as Plan
+    from glassgpt.exporting import export as export
     from glassgpt.generation import complete as complete
     from glassgpt.generation import generate as generate
     from glassgpt.interpret.info import info as info
+    from glassgpt.lab.plan import plan as plan
     from glassgpt.loading import download as download
-    from glassgpt.loading import export as export
     from glassgpt.loading import load as load
     from glassgpt.model import GPT as GPT
     from glassgpt.text import Tokenizer as Tokenizer
@@ -41,12 +43,14 @@ _HOME = {
     "Export": "config.hub",
     "Info": "config.info",
     "info": "interpret.info",
+    "Plan": "config.plan",
+    "plan": "lab.plan",
     "Generate": "config.generate",
     "Sampling": "config.generate",
     "complete": "generation",
     "generate": "generation",
     "download": "loading",
-    "export": "loading",
+    "export": "exporting",
     "load": "loading",
     "GPT": "model",
     "Tokenizer": "text",

@@ -29,17 +29,19 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("see a GPT-2 at work in two minutes", "config.lab:Demo", "lab.demo:demo"),
     "info": Command("what a model is made of: parameters, QKV, memory", "config.info:Info", "interpret.info:info"),
+    "plan": Command("what training takes: operations, memory, time, cost", "config.plan:Plan", "lab.plan:plan"),
     "generate": Command("continue prompts", "config.generate:Generate", "generation.writer:generate"),
     "pretrain": Command("train a model on text", "config.pretrain:Pretrain", "train.pretrain:pretrain"),
     "runs": Command("list and compare training runs", "config.runs:Runs", "train.runs:runs"),
     "evaluate": Command("bits per byte of a model on text", "config.evaluate:Evaluate", "train.evaluate:evaluate"),
     "download": Command("fetch a model from the Hugging Face hub", "config.hub:Download", "loading:download"),
-    "export": Command("write a model for other programs", "config.hub:Export", "loading:export"),
+    "export": Command("write a model for other programs", "config.hub:Export", "exporting:export"),
     "bench generate": Command("speed of generation beside a peer", "config.lab:Bench", "lab.bench:bench"),
     "bench train": Command("speed and memory of training beside peers", "config.bench:BenchTrain", "lab.bench_train:bench_train"),
     "bench device": Command("CPU against GPU, float32 against bf16", "config.bench:BenchDevice", "lab.bench_device:bench_device"),
     "lab speedrun": Command("time to a loss beside nanoGPT's recipe", "config.bench:Speedrun", "lab.speedrun:speedrun"),
     "lab scaling": Command("scaling laws from a ladder of small runs", "config.scaling:Scaling", "lab.scaling:scaling"),
+    "lab ladder": Command("what each step from GPT-2 to a modern model buys", "config.ladder:Ladder", "lab.ladder:ladder"),
 }
 GROUPS = {verb.split()[0] for verb in COMMANDS if " " in verb}
 CONFIG_FLAG = "--config"

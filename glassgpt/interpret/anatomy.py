@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from glassgpt.config import ModelConfig, UserError
+from glassgpt.interpret.cost import activation_bytes, active_parameters, cache_numbers
 from glassgpt.model import GPT
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -115,6 +116,8 @@ class Anatomy:
     """The same by embedding, block, final norm and head."""
     parameters: int
     """Each number counted once."""
+    parameters_active: int
+    """Of those, what one token meets: fewer in a mixture of experts."""
     parameters_untied: int
     """What there would be if the head had a matrix of its own."""
     reason: str
@@ -152,6 +155,7 @@ def anatomy(
         tensors=tensors,
         groups=_groups(tensors),
         parameters=parameters,
+        parameters_active=active_parameters(config),
         parameters_untied=sum(parameter.numel() for _, parameter in model.named_parameters(remove_duplicate=False)),
         reason=f"{matrix}: the head is {head}",
         qkv=qkv_rows(config),
@@ -236,16 +240,17 @@ def qkv_rows(config: ModelConfig) -> tuple[HeadRows, ...]:
 def memory(config: ModelConfig, parameters: int, batch_size: int = 1, context_tokens: int | None = None) -> Memory:
     """Bytes to run and to train a model of this many parameters on B sequences of T tokens (the context by default).
 
-    Inference: the weights; keys and values of every layer, 2 * L * B * T * D numbers (`KVCache` at its fullest); the
-    logits of one step, B * V, as generation asks for the last position only.
+    Inference: the weights; keys and values of every layer (`KVCache` at its fullest: `cache_numbers`); the logits of one
+    step, B * V, as generation asks for the last position only.
     Training in float32 with AdamW: weights and gradients, 4 bytes a parameter each; AdamW's two moments, 8; and what
-    autograd keeps (`activation_bytes`). Temporary buffers, the framework itself and fragmentation come on top.
+    autograd keeps (`activation_bytes`). Temporary buffers, the framework itself and fragmentation come on top
+    (`glassgpt plan` counts the buffers too).
     Raises UserError when T is more than the model's context.
     """
     T = config.context_tokens if context_tokens is None else context_tokens
     if config.context_tokens < T:
         raise UserError(f"this model's context is {config.context_tokens} tokens; got context_tokens {T}")
-    cached = 2 * config.n_layer * batch_size * T * config.width
+    cached = cache_numbers(config, batch_size, T)
     logits = batch_size * config.vocab_size
     return Memory(
         batch_size=batch_size,
@@ -262,38 +267,3 @@ def memory(config: ModelConfig, parameters: int, batch_size: int = 1, context_to
             activations=activation_bytes(config, batch_size, T),
         ),
     )
-
-
-def activation_bytes(config: ModelConfig, batch_size: int, context_tokens: int) -> int:
-    """Bytes that autograd keeps from forward pass and loss for the backward pass: float32, fused attention, no dropout.
-
-    With N = B * T positions, F the MLP's hidden width, and what two operations share counted once, a block keeps
-
-        N * D      input of norm_1: the residual stream
-        2 * N      norm_1's mean and 1 / standard deviation
-        N * D      input of attn.qkv: norm_1's output
-        3 * N * D  q, k, v for attention
-        N * D      attention's result z, also the input of attn.out
-        N * H      log of the softmax's denominator: from it, q and k the (T, T) pattern is made again, never kept
-        N * D      input of norm_2: the residual stream after attention
-        2 * N      norm_2's mean and 1 / standard deviation
-        N * D      input of mlp.up: norm_2's output
-        N * F      input of the GELU
-        N * F      input of mlp.down: the GELU's output
-
-    numbers of 4 bytes, and around the L blocks are
-
-        N * D      input of norm_f
-        2 * N      norm_f's mean and 1 / standard deviation
-        N * D      input of the head
-        N * V      log-probabilities, for the cross-entropy
-
-    and integers of 8 bytes: N ids, N targets, T positions.
-
-    Not in here: dropout's masks, and the (B, H, T, T) patterns that a CPU keeps when attention drops out; the logits,
-    or later their gradient (N * V), which live beside the log-probabilities for a moment.
-    """
-    N, D, H, F, V = batch_size * context_tokens, config.width, config.n_head, config.hidden_width, config.vocab_size
-    block = 8 * N * D + 2 * N * F + N * H + 4 * N
-    ends = 2 * N * D + 2 * N + N * V
-    return 4 * (config.n_layer * block + ends) + 8 * (2 * N + context_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.text import Text
 from glassgpt.config import PRESET_NOTES, PRESETS, ModelConfig, UserError, nearest
 from glassgpt.config.files import to_plain
 from glassgpt.config.info import Info
-from glassgpt.interpret.anatomy import Anatomy, Group, HeadRows, TensorInfo, anatomy, folded
+from glassgpt.interpret.anatomy import Anatomy, Group, TensorInfo, anatomy, folded
 from glassgpt.loading import find_config
 
 SHOWN_HEADS = 4
@@ -28,7 +29,7 @@ def info(config: Info) -> Anatomy:
     Reads a stored model's configuration and the headers of its files, never its weights. Raises UserError when there is
     no such model and no such preset.
     """
-    shape, dtypes = _resolve(config.model)
+    shape, dtypes = resolve(config.model)
     facts = anatomy(shape, dtypes, config.batch_size, config.context_tokens)
     note = PRESET_NOTES.get(config.model) if dtypes is None else None
     if config.json:
@@ -38,7 +39,7 @@ def info(config: Info) -> Anatomy:
     return facts
 
 
-def _resolve(name: str) -> tuple[ModelConfig, dict[str, str] | None]:
+def resolve(name: str) -> tuple[ModelConfig, dict[str, str] | None]:
     """Shape and stored dtypes of what `glassgpt.load(name)` would give; else the preset's shape and None."""
     try:
         return find_config(name)
@@ -58,6 +59,7 @@ def as_json(facts: Anatomy) -> dict[str, Any]:
     memory = facts.memory
     return {
         "parameters": facts.parameters,
+        "parameters_active": facts.parameters_active,
         "parameters_untied": facts.parameters_untied,
         "reason": facts.reason,
         "stored_bytes": facts.stored_bytes,
@@ -114,10 +116,10 @@ def _title(console: Console, title: str) -> None:
     console.print(f"\n{title}", style="bold")
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, gap: int = 2) -> Table:
     """A table without a frame; columns whose name starts with > are flush right."""
     has_header = any(column.strip(">") for column in columns)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_header=has_header)
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim", show_header=has_header)
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", no_wrap=True)
     return table
@@ -152,7 +154,7 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
 def _show_blocks(console: Console, facts: Anatomy) -> None:
     """Equal blocks as one, with their inside once; a tied head is left to the totals."""
     _title(console, "Parameters")
-    table = _table("", "shape", ">each", ">in all", ">share")
+    table = _table("", "shape", ">each", ">in all", ">share", gap=1 if facts.config.moe.experts else 2)
     for alike in folded(facts.groups):
         group, times = alike[0], len(alike)
         if group.count == 0:
@@ -161,11 +163,21 @@ def _show_blocks(console: Console, facts: Anatomy) -> None:
         shape = f"{times:,} equal blocks" if times > 1 else _shape(group.tensors[0]) if len(group.tensors) == 1 else ""
         table.add_row(name, shape, *_counts(group, times), style="bold" if group.parts else "")
         for part in group.parts:
-            table.add_row(f"  {part.name}", "", *_counts(part, times))
-            for tensor in part.tensors:
-                inner = tensor.name.removeprefix(f"{group.name}.").removeprefix(f"{part.name}.")
-                table.add_row(f"    {inner}", _shape(tensor), *_counts(tensor, times), style="dim")
+            table.add_row(f" {part.name}", "", *_counts(part, times))
+            for name, tensors in _alike(part, f"{group.name}.{part.name}." if part.name != "norms" else f"{group.name}.").items():
+                several = f"{len(tensors):,} x " if len(tensors) > 1 else ""
+                counts = _counts(Group(name, tensors), times)
+                table.add_row(f"  {name}", f"{several}{_shape(tensors[0])}", *counts, style="dim")
     console.print(table)
+
+
+def _alike(part: Group, prefix: str) -> dict[str, tuple[TensorInfo, ...]]:
+    """A part's tensors by name, those of a mixture's experts together: experts.*.up.weight."""
+    found: dict[str, tuple[TensorInfo, ...]] = {}
+    for tensor in part.tensors:
+        name = re.sub(r"\.\d+\.", ".*.", tensor.name.removeprefix(prefix))
+        found[name] = (*found.get(name, ()), tensor)
+    return found
 
 
 def _shape(tensor: TensorInfo) -> str:
@@ -182,7 +194,7 @@ def _share(share: float) -> str:
 
 def _show_tensors(console: Console, facts: Anatomy) -> None:
     _title(console, "Tensors")
-    table = _table("", "shape", "dtype", ">parameters", ">share")
+    table = _table("", "shape", "dtype", ">parameters", ">share", gap=1 if facts.config.moe.experts else 2)
     for tensor in facts.tensors:
         if tensor.tied_to is None:
             table.add_row(tensor.name, _shape(tensor), tensor.dtype, f"{tensor.count:,}", _share(tensor.share))
@@ -196,30 +208,34 @@ def _show_totals(console: Console, facts: Anatomy) -> None:
     console.print()
     table = _table("", ">")
     table.add_row("parameters, each counted once", f"{facts.parameters:,}", style="bold")
+    if facts.parameters_active != facts.parameters:
+        table.add_row("active: what one token meets", f"{facts.parameters_active:,}")
     table.add_row("with a head of its own", f"{facts.parameters_untied:,}")
     console.print(table)
     console.print(facts.reason)
 
 
 def _show_qkv(console: Console, facts: Anatomy) -> None:
-    D, W, H = facts.config.width, facts.config.head_width, facts.config.n_head
-    _title(console, f"Q | K | V: rows of attn.qkv.weight, {3 * D:,} x {D:,}, in every block")
+    D, W, H, G = facts.config.width, facts.config.head_width, facts.config.n_head, facts.config.kv_heads
+    _title(console, f"Q | K | V: rows of attn.qkv.weight, {(H + 2 * G) * W:,} x {D:,}, in every block")
+    rows = {(of_head.part, of_head.head): f"{of_head.rows[0]:,} … {of_head.rows[-1]:,}" for of_head in facts.qkv}
     table = _table("head", ">Q", ">K", ">V")
     shown = range(H) if H <= SHOWN_HEADS else (0, 1, H - 1)
     for before, head in zip((-1, *shown), shown, strict=False):
         if head > before + 1:
             table.add_row(*"…" * 4)
-        table.add_row(f"{head}", *(_rows(of_head) for of_head in facts.qkv if of_head.head == head))
+        shared = head * G // H
+        table.add_row(f"{head}", rows["q", head], rows["k", shared], rows["v", shared])
     console.print(table)
-    console.print(
-        f"The keys of head 0: model.blocks[0].attn.qkv.weight[{D}:{D + W}]. A Hugging Face GPT-2 holds the same matrix"
-        f" as a Conv1D, {D:,} x {3 * D:,}: there these rows are columns of c_attn.weight.",
-        style="dim",
-    )
-
-
-def _rows(of_head: HeadRows) -> str:
-    return f"{of_head.rows[0]:,} … {of_head.rows[-1]:,}"
+    text = f"The keys of head 0: model.blocks[0].attn.qkv.weight[{H * W}:{H * W + W}]."
+    if G < H:
+        text += f" {H // G} heads of queries share each of the {G} of keys and values."
+    elif facts.config.position == "learned" and H * W == D:
+        text += (
+            f" A Hugging Face GPT-2 holds the same matrix as a Conv1D, {D:,} x {3 * D:,}: there these rows are columns of"
+            " c_attn.weight."
+        )
+    console.print(text, style="dim")
 
 
 def _show_memory(console: Console, facts: Anatomy) -> None:
@@ -228,7 +244,7 @@ def _show_memory(console: Console, facts: Anatomy) -> None:
     _title(console, f"Memory for B = {memory.batch_size:,} {many} of T = {memory.context_tokens:,} tokens (estimates)")
     table = _table("to generate", "numbers", *(f">{estimate.dtype}" for estimate in memory.inference))
     table.add_row("weights", "parameters", *(decimal(x.weights) for x in memory.inference))
-    table.add_row("keys and values", "2 x layers x B x T x width", *(decimal(x.kv_cache) for x in memory.inference))
+    table.add_row("keys and values", _cached(facts.config), *(decimal(x.kv_cache) for x in memory.inference))
     table.add_row("logits of one step", "B x vocabulary", *(decimal(x.logits) for x in memory.inference))
     table.add_row("in all", "", *(decimal(x.total) for x in memory.inference), style="bold")
     console.print(table)
@@ -245,3 +261,11 @@ def _show_memory(console: Console, facts: Anatomy) -> None:
     dropout = facts.config.dropout
     rest = f"; what dropout {dropout:g} keeps comes on top." if dropout else "."
     console.print(f"Activations with fused attention{rest}", style="dim")
+
+
+def _cached(config: ModelConfig) -> str:
+    """Where the numbers of the cache come from."""
+    width = "width" if config.kv_heads * config.head_width == config.width else f"{config.kv_heads * config.head_width:,}"
+    if "window" not in config.spans:
+        return f"2 x layers x B x T x {width}"
+    return f"2 x B x {width} x positions held"

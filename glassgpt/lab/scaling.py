@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,17 +31,17 @@ from rich.table import Table
 
 from glassgpt import charts
 from glassgpt.config import DataConfig, ModelConfig, OptimConfig, Pretrain, UserError
-from glassgpt.config.files import CONFIG_FILE, read_yaml, to_plain, write_yaml
+from glassgpt.config.files import to_plain
 from glassgpt.config.scaling import HEAD_WIDTH, Scaling
 from glassgpt.data import Corpus
 from glassgpt.interpret.anatomy import anatomy
+from glassgpt.lab import series
 from glassgpt.loading import pick_device
-from glassgpt.train.pretrain import SHARDS, TOKENIZER_FILE, prepare, pretrain
+from glassgpt.train.pretrain import prepare
 from glassgpt.train.run import read_log
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-RUNS = "runs"
 RESULT_FILE = "scaling.json"
 NAME = "scaling"
 EMBEDDINGS = ("token_embedding", "position_embedding", "head")
@@ -242,21 +240,7 @@ def scaling(config: Scaling) -> Result:
 
 
 def _open(out: Path, config: Scaling) -> None:
-    """Make the folder with its configuration, or check that the one there asks for the same runs."""
-    path = out / CONFIG_FILE
-    if path.exists():
-        before = read_yaml(path, Scaling)
-        for name in to_plain(config):
-            if name not in MAY_DIFFER and getattr(before, name) != getattr(config, name):
-                raise UserError(
-                    f"{out} holds a ladder with {name} = {getattr(before, name)}; this one asks for {getattr(config, name)}."
-                    " Leave it as it was, or choose another out_dir"
-                )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty and holds no ladder of scaling runs; choose another out_dir")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_yaml(path, config)
+    series.open_folder(out, config, MAY_DIFFER, "ladder of scaling runs")
 
 
 # ---------------------------------------------------------------------- runs
@@ -299,44 +283,13 @@ def ladder(config: Scaling, vocab_size: int) -> list[Pretrain]:
 
 def train_ladder(out: Path, runs: Sequence[Pretrain], corpus: Corpus) -> list[Run]:
     """The runs' results, in order: read where the run is complete, else trained or continued."""
-    console = Console(stderr=True)
-    left = [run for run in runs if not _is_complete(out / RUNS / run.out_dir, run)]
-    if len(left) < len(runs):
-        console.print(f"{len(runs) - len(left)} of {len(runs)} runs are complete already", highlight=False)
-    work = [_facts(run)["flops"] for run in left]
-    began, eta = time.perf_counter(), ""
-    for number, run in enumerate(left, 1):
+
+    def describe(run: Pretrain) -> str:
         facts = _facts(run)
-        what = f"{facts['N']:,} parameters without embeddings, {facts['D']:,} tokens"
-        console.print(f"run {number} of {len(left)}: {run.out_dir} ({what}){eta}", highlight=False, soft_wrap=True)
-        started = time.perf_counter()
-        try:
-            _train(out, run)
-        except UserError as error:
-            raise UserError(f"run {run.out_dir}: {error}") from error
-        now = time.perf_counter()
-        ahead = sum(work[number:]) / work[number - 1]  # in runs like this one, the nearest in cost
-        eta = f"; {(now - began) / 60:.1f} min gone, eta {(now - started) * ahead / 60:.1f} min"
-    return [_read(out / RUNS / run.out_dir, run, corpus.count("train")) for run in runs]
+        return f"{facts['N']:,} parameters without embeddings, {facts['D']:,} tokens"
 
-
-def _train(out: Path, run: Pretrain) -> None:
-    """Train a run, or continue it. It sees the ladder's tokenizer and shards through links: they exist once."""
-    folder = out / RUNS / run.out_dir
-    data = replace(run.data, tokenizer=str((out / TOKENIZER_FILE).resolve()))
-    run = replace(run, out_dir=str(folder), data=data)
-    if not (folder / CONFIG_FILE).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (TOKENIZER_FILE, SHARDS):
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to(Path(os.path.relpath(out, folder)) / name)
-        write_yaml(folder / CONFIG_FILE, run)
-    pretrain(replace(run, resume=True))
-
-
-def _is_complete(folder: Path, run: Pretrain) -> bool:
-    entries = read_log(folder)
-    return bool(entries) and entries[-1]["step"] == run.max_steps and "val_loss" in entries[-1]
+    series.train_missing(out, runs, lambda run: _facts(run)["flops"], describe)
+    return [_read(out / series.RUNS / run.out_dir, run, corpus.count("train")) for run in runs]
 
 
 @lru_cache

@@ -277,13 +277,13 @@ def test_a_second_call_trains_nothing_and_a_broken_off_one_goes_on(
 ) -> None:
     config, result = done
     trained: list[str] = []
-    real = lab.pretrain
+    real = lab.series.pretrain
 
     def counted(asked: Any) -> Path:
         trained.append(Path(asked.out_dir).name)
         return real(asked)
 
-    monkeypatch.setattr(lab, "pretrain", counted)
+    monkeypatch.setattr(lab.series, "pretrain", counted)
     monkeypatch.setattr(lab, "chart", lambda result, out: [])  # drawn once already, and fitted
 
     def analysed(asked: Scaling, runs: list[Run]) -> lab.Result:
