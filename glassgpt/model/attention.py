@@ -46,10 +46,20 @@ class LayerCache(Protocol):
 
 
 class Routes:
-    """Where the routers of a forward pass leave their logits, layer by layer: each (N, experts)."""
+    """Where the routers of one forward pass leave their logits, layer by layer: each (N, experts)."""
 
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
+        self._is_open = True
+
+    def add(self, scores: Tensor) -> None:
+        """A layer's, while the pass lasts: activations that are computed again would keep a second graph alive."""
+        if self._is_open:
+            self.logits.append(scores)
+
+    def close(self) -> None:
+        """The pass is over."""
+        self._is_open = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,6 +93,8 @@ class GPT(nn.Module):
         x = self.drop(self.embedding_norm(x))
         for block in self.blocks:
             x = block(x, where, cache)
+        if routes is not None:
+            routes.close()
         return self.norm_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Mixture(nn.Module):
         tokens = x.flatten(0, -2)  # (N, D)
         scores = self.router(tokens)  # (N, E)
         if where is not None and where.routes is not None:
-            where.routes.logits.append(scores)
+            where.routes.add(scores)
         shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         weights, chosen = shares.topk(self.top_k, dim=-1)  # (N, k)
         if self.normalise:

@@ -144,8 +144,12 @@ def test_every_preset_has_a_small_likeness(name: str) -> None:
 @pytest.mark.skipif(not IS_LINUX, reason="the peak of a process can be reset on Linux only")
 @pytest.mark.parametrize(
     ("config", "checkpoint", "micro_batches", "optimizer"),
-    [(PRESETS["gpt2"], False, 2, "adamw"), (MODERN, True, 1, "adamw"), (MODERN, False, 1, "muon")],
-    ids=["gpt2", "modern, checkpointing", "modern, muon"],
+    [
+        (PRESETS["gpt2"], False, 2, "adamw"),
+        (MODERN, True, 1, "muon"),
+        (PRESETS["mixtral-8x7b"], True, 1, "adamw"),
+    ],
+    ids=["gpt2", "modern, checkpointing, muon", "mixture, checkpointing"],
 )
 def test_a_real_step_takes_what_was_predicted(
     config: ModelConfig, checkpoint: bool, micro_batches: int, optimizer: Literal["adamw", "muon"]

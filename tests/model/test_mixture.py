@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 from exact import EXACT, add_noise, error, errors, float64_throughout, noisy, random, shape, tokens
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from glassgpt.config import ModelConfig, OptimConfig
+from glassgpt.config import ModelConfig, OptimConfig, preset
 from glassgpt.config.model import MoeConfig
 from glassgpt.model import GPT, Routes, Where
 from glassgpt.model.mlp import Mixture
@@ -431,3 +433,13 @@ def test_muon_orthogonalises_keys_and_values_by_themselves(kv_heads: int) -> Non
         values = torch.linalg.svdvals(part)
         assert values.min() > 0.5 and values.max() < 1.3
     assert torch.linalg.svdvals(step).max() > 1.3
+
+
+def test_what_is_computed_again_is_not_noted_again() -> None:
+    """With activations computed a second time the routers speak twice; the second time would keep a second graph alive."""
+    model = GPT(preset("tiny", moe=MoeConfig(experts=3, top_k=1)))
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    routes = Routes()
+    model.hidden(torch.zeros(1, 5, dtype=torch.long), routes=routes).sum().backward()
+    assert len(routes.logits) == model.config.n_layer
