@@ -30,7 +30,7 @@ def export(config: Export) -> Path:
         if config.to == "glassgpt":
             weights.save(model, aside)
         elif config.to == "hf":
-            weights.save_hf(model, aside, tokenizer.end_id)
+            weights.save_hf(model, aside, tokenizer.end_id, begin_id=tokenizer.begin_id)
             _save_hf_tokenizer_facts(aside, tokenizer, model.config.context_tokens)
     print(f"wrote {target}")
     return target

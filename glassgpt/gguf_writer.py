@@ -60,7 +60,7 @@ def write(model: GPT, tokenizer: Tokenizer, path: Path, name: str) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
     _add_shape(writer, config, architecture)
-    _add_rope(writer, config, gguf)
+    _add_rope(writer, config, architecture, gguf)
     _add_tokenizer(writer, tokenizer, config.vocab_size, gguf)
     dtype = next(model.parameters()).dtype
     writer.add_file_type(
@@ -105,7 +105,7 @@ def _add_shape(writer: Any, config: ModelConfig, architecture: str) -> None:
                 raise UserError("GGUF: llama.cpp normalises the weights of the chosen experts; moe.normalise is false")
 
 
-def _add_rope(writer: Any, config: ModelConfig, gguf: Any) -> None:
+def _add_rope(writer: Any, config: ModelConfig, architecture: str, gguf: Any) -> None:
     if config.position != "rope":
         return
     rope = config.rope
@@ -120,6 +120,8 @@ def _add_rope(writer: Any, config: ModelConfig, gguf: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope.factor)
         writer.add_rope_scaling_orig_ctx_len(rope.original_tokens)
+    elif rope.scaling == "smooth" and architecture != "llama":
+        raise UserError(f"GGUF: llama.cpp has rope.scaling smooth for llama, not for {architecture}")
     elif rope.scaling == "smooth":
         plain, _ = rope_speeds(RopeConfig(rope.theta), config.head_width, torch.device("cpu"), torch.float64)
         slowed, _ = rope_speeds(rope, config.head_width, torch.device("cpu"), torch.float64)
@@ -147,24 +149,27 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, gguf: Any
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     if tokenizer.end_id is None or not merges:  # it would take token 11 for the end, or no file at all
         raise UserError("GGUF: llama.cpp needs a tokenizer with merges and an end-of-text token; this one lacks them")
-    writer.add_bos_token_id(tokenizer.end_id)
+    begin = tokenizer.begin_id
+    writer.add_bos_token_id(tokenizer.end_id if begin is None else begin)
     writer.add_eos_token_id(tokenizer.end_id)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(begin is not None)
 
 
 def _cut(facts: dict[str, Any]) -> str:
     """llama.cpp's name for how a tokenizer cuts text before merging."""
-    if facts["model"].get("type") != "BPE" or facts["model"].get("byte_fallback") or facts.get("normalizer"):
-        given = facts["model"].get("type")
+    normalizer = (facts.get("normalizer") or {}).get("type")
+    if facts["model"].get("type") != "BPE" or facts["model"].get("byte_fallback") or normalizer not in (None, "NFC"):
+        given = f"{facts['model'].get('type')}, normalizer {normalizer}"
         raise UserError(f"GGUF: the tokenizer is no plain byte-level BPE ({given}); only those are written")
     before = facts.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers", [before])
-    if [step.get("type") for step in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
+    kinds = [step.get("type") for step in steps]
+    is_plain = kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space")
+    if is_plain and kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
-    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
-    if len(patterns) == 1 and patterns[0] in CUTS:
-        return CUTS[patterns[0]]
-    raise UserError(f"GGUF: llama.cpp has no name for how this tokenizer cuts text ({patterns or before.get('type')})")
+    if is_plain and kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") in CUTS:
+        return CUTS[steps[0]["pattern"]["Regex"]]
+    raise UserError(f"GGUF: llama.cpp has no name for how this tokenizer cuts text ({json.dumps(before)[:200]})")
 
 
 def _tensors(model: GPT, family: Family, architecture: str, gguf: Any) -> list[tuple[str, Tensor]]:

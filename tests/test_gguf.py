@@ -250,7 +250,7 @@ def test_cuts_have_names(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="merges and an end-of-text token"):
             gguf_writer.write(model, Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(facts))), tmp_path / "lacking.gguf", "")
     word_level = Tokenizer(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(UserError, match=r"no plain byte-level BPE \(WordLevel\)"):
+    with pytest.raises(UserError, match=r"no plain byte-level BPE \(WordLevel, normalizer None\)"):
         gguf_writer.write(GPT(dataclasses.replace(config, vocab_size=1)), word_level, tmp_path / "words.gguf", "")
 
 

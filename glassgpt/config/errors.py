@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import typing
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -25,6 +28,26 @@ def check_at_least(least: int, owner: object, *names: str, prefix: str = "") -> 
         value = getattr(owner, name)
         if value is not None and not value >= least:
             raise UserError(f"{prefix}{name} must be at least {least}; got {value}")
+
+
+def check_choices(owner: object, prefix: str = "") -> None:
+    """Raise UserError for the first field whose value is none of its annotation's literals."""
+    for name, allowed in _choices(typing.cast(Any, type(owner))).items():
+        value = getattr(owner, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item not in allowed:
+                known = ", ".join(map(str, allowed))
+                raise UserError(f"{prefix}{name} must be one of {known}; got {item!r}{nearest(str(item), map(str, allowed))}")
+
+
+@functools.cache
+def _choices(kind: Any) -> dict[str, tuple[object, ...]]:
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+        if typing.get_origin(inner) is typing.Literal:
+            found[name] = typing.get_args(inner)
+    return found
 
 
 def check_seed(seed: int) -> None:

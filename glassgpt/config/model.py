@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glassgpt.config.errors import UserError, check_at_least, nearest
+from glassgpt.config.errors import UserError, check_at_least, check_choices, nearest
 
 Span = Literal["full", "window", "strided"]
 
@@ -38,6 +38,9 @@ class RopeConfig:
                 raise UserError(f"rope.{name} must be positive; got {getattr(self, name)}")
         if self.theta <= 1:
             raise UserError(f"rope.theta must be above 1, so that later pairs turn more slowly; got {self.theta}")
+        check_choices(self, "rope.")
+        if self.attention_factor is not None and not (self.attention_factor > 0 and self.scaling == "yarn"):
+            raise UserError(f"rope.attention_factor {self.attention_factor} must be positive, and is for rope.scaling yarn alone")
         if self.factor < 1:
             raise UserError(f"rope.factor must be at least 1; got {self.factor}")
         if self.fast_turns <= self.slow_turns:
@@ -73,8 +76,9 @@ class MoeConfig:
         check_at_least(1, self, "top_k", "expert_width", prefix="moe.")
         if self.experts and self.top_k > self.experts:
             raise UserError(f"moe.top_k {self.top_k} is more than moe.experts {self.experts}; lower top_k or add experts")
-        if self.shared and not self.experts:
-            raise UserError(f"moe.shared is {self.shared} and moe.experts 0; give experts too")
+        for name in ("shared", "expert_width"):
+            if getattr(self, name) and not self.experts:
+                raise UserError(f"moe.{name} is {getattr(self, name)} and moe.experts 0; give experts too")
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,11 @@ class ModelConfig:
             raise UserError(f"sinusoidal positions are pairs of sine and cosine, so width must be even; got {self.width}")
         if not self.spans:
             raise UserError("spans is empty; give full, window or strided")
+        check_choices(self)
         if self.window_tokens is None and set(self.spans) != {"full"}:
             raise UserError(f"spans {' '.join(self.spans)} needs window_tokens, the size of the window")
+        if self.window_tokens is not None and set(self.spans) == {"full"}:
+            raise UserError(f"window_tokens is {self.window_tokens} and spans is full; give spans window too, or leave it out")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1); got {self.dropout}")
         if not self.norm_eps > 0:

@@ -122,7 +122,7 @@ def complete(
     context = model.config.context_tokens
     # a prompt that is cut leaves room for the new tokens, and keeps at least half the context of its own
     keep = max(context // 2, context - max_new_tokens + 1) if drop_oldest else None
-    encoded = [engine.fit(tokenizer.encode(prompt), context, keep) for prompt in prompts]
+    encoded = [engine.fit(tokenizer.encode_start(prompt), context, keep) for prompt in prompts]
     ids = [row for row in encoded for _ in range(n)]
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + row % n) % 2**63) for row in range(len(ids))]
     rows = [_Row(stop, lambda piece, row=row: show(row, piece)) for row in range(len(ids))]  # type: ignore[misc]
@@ -147,7 +147,7 @@ def generate(config: Generate) -> list[Completion]:
     live = len(prompts) * config.n == 1 and not config.json
     if live:
         # too long a prompt is refused before it is shown
-        engine.fit(tokenizer.encode(prompts[0]), model.config.context_tokens, 1 if drop_oldest else None)
+        engine.fit(tokenizer.encode_start(prompts[0]), model.config.context_tokens, 1 if drop_oldest else None)
         _print_piece(_bold(prompts[0]))
     completions = complete(
         model,

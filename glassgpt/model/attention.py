@@ -6,6 +6,7 @@ MHA, 1 for MQA), W head width.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,24 +137,28 @@ def flexible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: floa
 
     Fast only when it is compiled, which takes half a minute on a CPU: nothing chooses it by itself.
     """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    if mask is None or dropout or q.device.type != "cuda":
+    if mask is None or dropout or q.device.type != "cuda":  # nothing is sparse, or nothing is compiled
         return fused(q, k, v, mask, dropout, scale)
-    shape = (q.size(0), q.size(1), q.size(2), k.size(2))
-    mask = mask.expand(shape)
-    seen = create_block_mask(
-        lambda b, h, i, j: mask[b, h, i, j] if mask.dtype == torch.bool else mask[b, h, i, j] > float("-inf"),
-        *shape,
-        device=q.device,
-    )
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score if mask.dtype == torch.bool else score + mask[b, h, i, j]
+    rows, heads = mask.size(0), mask.size(1)  # 1 where all are alike
 
-    return torch.compile(flex_attention)(
-        q, k, v, score_mod=score, block_mask=seen, scale=scale, enable_gqa=q.size(1) != k.size(1)
-    )
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        number = mask[b % rows, h % heads, i, j]
+        return number if mask.dtype == torch.bool else number > float("-inf")
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score if mask.dtype == torch.bool else score + mask[b % rows, h % heads, i, j]
+
+    seen = create_block_mask(sees, rows if rows > 1 else None, heads if heads > 1 else None, q.size(2), k.size(2), q.device)
+    return _flex()(q, k, v, score_mod=biased, block_mask=seen, scale=scale, enable_gqa=q.size(1) != k.size(1))
+
+
+@functools.cache
+def _flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
 
 
 def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,6 +250,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, sum(self.heads), self.head_width).transpose(1, 2)  # (B, H + 2G, T, W)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, W), (B, G, T, W) twice
         q, k = turned(self.q_norm(q), where.rotation), turned(self.k_norm(k), where.rotation)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # a norm may have made them float32
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, G, S, W)
         z = self.attend(q, k, v, where.masks[self.span], self.dropout if self.training else 0.0, self.scale)  # (B, H, T, W)

@@ -16,6 +16,13 @@ from glassgpt.config.files import from_plain
 from glassgpt.config.model import MoeConfig, RopeConfig, Span
 
 REQUIRED = object()
+# Settings of no family here that change the maths, with the values at which they do not.
+ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "partial_rotary_factor": (None, 1.0),
+    "quantization_config": (None,),
+    **dict.fromkeys(("clip_qkv", "attn_logit_softcapping", "final_logit_softcapping"), (None,)),
+    **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), (None,)),
+}
 FULL: Span = "full"
 Values = dict[str, Any]
 
@@ -67,7 +74,7 @@ class Family:
 
     def read(self, values: Values) -> ModelConfig:
         """Their settings as our configuration. Raises UserError with the field that cannot be represented."""
-        for name, allowed in self.needs.items():
+        for name, allowed in (ELSEWHERE | self.needs).items():
             if name in values and values[name] not in allowed:
                 raise UserError(f"{name} = {values[name]!r} cannot be represented; expected {' or '.join(map(repr, allowed))}")
         flat = dict(self.ours)
@@ -99,8 +106,11 @@ class Family:
         parts = module.split(".")
         layer = parts[1] if parts[0] == "blocks" else ""
         expert = parts[parts.index("experts") + 1] if "experts" in parts else ""
-        pattern = ".".join("{layer}" if i == 1 and layer else part for i, part in enumerate(parts))
-        pattern = pattern.replace(f"experts.{expert}", "experts.{expert}") if expert else pattern
+        if layer:
+            parts[1] = "{layer}"
+        if expert:
+            parts[parts.index("experts") + 1] = "{expert}"
+        pattern = ".".join(parts)
         if pattern not in self.tensors:
             raise UserError(f"{self.architecture} has no place for {name}")
         names = self.tensors[pattern]
@@ -177,28 +187,26 @@ _ROPE_SCALED = {  # their rope_type -> ours, and their names for its numbers
 }
 
 
-def _read_rope(values: Values) -> Values:
+def _read_rope(values: Values, theta: float = 10000.0) -> Values:
     """`rope_parameters` of today, or `rope_theta` and `rope_scaling` of earlier files."""
-    earlier = {"rope_theta": values.get("rope_theta", 10000.0)} | (values.get("rope_scaling") or {})
-    given = values.get("rope_parameters") or earlier
-    ours: Values = {"position": "rope", "rope.theta": given.get("rope_theta", earlier["rope_theta"])}
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind == "default":
-        return ours
-    if kind not in _ROPE_SCALED:
+    earlier = {"rope_theta": values.get("rope_theta")} | (values.get("rope_scaling") or {})
+    given = {name: value for name, value in (earlier | (values.get("rope_parameters") or {})).items() if value is not None}
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)
+    ours: Values = {"position": "rope", "rope.theta": given.pop("rope_theta", theta)}
+    if kind != "default" and kind not in _ROPE_SCALED:
         raise UserError(
             f"rope_type = {kind!r} cannot be represented; expected one of default, {', '.join(_ROPE_SCALED)}"
             f"{nearest(str(kind), _ROPE_SCALED)}"
         )
-    scaling, names = _ROPE_SCALED[kind]
-    known = {*names.values(), "rope_theta", "rope_type", "type", "truncate"}
-    if unknown := [name for name, value in given.items() if name not in known and value is not None]:
-        raise UserError(f"rope_parameters.{unknown[0]} = {given[unknown[0]]!r} cannot be represented")
-    if not given.get("truncate", True):
-        raise UserError("rope_parameters.truncate = False cannot be represented")
+    scaling, names = _ROPE_SCALED.get(kind, ("none", {}))
+    same = {"partial_rotary_factor": 1.0, "truncate": True}  # what these stand for here
+    for name, value in given.items():
+        if name not in names.values() and same.get(name, value is None) != value:
+            raise UserError(f"rope_parameters.{name} = {value!r} cannot be represented")
     ours |= {"rope.scaling": scaling} | {f"rope.{name}": given[theirs] for name, theirs in names.items() if theirs in given}
     if "original_tokens" in names and "rope.original_tokens" not in ours:
-        ours["rope.original_tokens"] = values.get("max_position_embeddings")
+        ours["rope.original_tokens"] = values.get("original_max_position_embeddings", values.get("max_position_embeddings"))
     return ours
 
 
@@ -213,8 +221,8 @@ def _write_rope(config: ModelConfig) -> Values:
     return {"rope_parameters": scaling | {"rope_theta": rope.theta}, "rope_theta": rope.theta, "rope_scaling": scaling}
 
 
-def _read_head_width(values: Values) -> Values:
-    width = values.get("head_dim")
+def _read_head_width(values: Values, default: int | None = None) -> Values:
+    width = values.get("head_dim", default)
     return {} if width is None else {"attention_width": width * values["num_attention_heads"]}
 
 
@@ -223,8 +231,8 @@ def _write_head_width(config: ModelConfig) -> Values:
 
 
 def _read_window(values: Values) -> Values:
-    """One window for every layer."""
-    window = values.get("sliding_window")
+    """One window for every layer. A file that says nothing means Mistral's first."""
+    window = values.get("sliding_window", 4096 if values.get("model_type") == "mistral" else None)
     return {} if window is None else {"spans": ["window"], "window_tokens": window}
 
 
@@ -242,9 +250,8 @@ def _read_layer_types(values: Values) -> Values:
         last = values.get("max_window_layers", 28)
         types = ["full_attention" if layer < last else "sliding_attention" for layer in range(values["num_hidden_layers"])]
     words: dict[str, Span] = {"full_attention": "full", "sliding_attention": "window"}
-    if unknown := [kind for kind in types if kind not in words]:
-        raise UserError(f"layer_types has {unknown[0]!r}, which cannot be represented; expected {' or '.join(words)}")
-    return {"spans": list(shortest(tuple(words[kind] for kind in types))), "window_tokens": window}
+    spans = _spans("layer_types", types, words, values["num_hidden_layers"])
+    return {"spans": spans, "window_tokens": window if set(spans) != {"full"} else None}
 
 
 def _write_layer_types(config: ModelConfig) -> Values:
@@ -262,9 +269,17 @@ def _read_attention_types(values: Values) -> Values:
     """GPT-Neo's [[["global", "local"], 6]]."""
     words: dict[str, Span] = {"global": "full", "local": "window"}
     kinds = [kind for pattern, times in values.get("attention_types", [[["global", "local"], 12]]) for kind in pattern * times]
+    spans = _spans("attention_types", kinds, words, values["num_layers"])
+    return {"spans": spans, "window_tokens": values.get("window_size", 256) if set(spans) != {"full"} else None}
+
+
+def _spans(name: str, kinds: list[str], words: dict[str, Span], n_layer: int) -> list[Span]:
+    """The pattern of a list with a word for each layer."""
     if unknown := [kind for kind in kinds if kind not in words]:
-        raise UserError(f"attention_types has {unknown[0]!r}, which cannot be represented; expected {' or '.join(words)}")
-    return {"spans": list(shortest(tuple(words[kind] for kind in kinds))), "window_tokens": values.get("window_size", 256)}
+        raise UserError(f"{name} has {unknown[0]!r}, which cannot be represented; expected {' or '.join(words)}")
+    if len(kinds) != n_layer:
+        raise UserError(f"{name} names {len(kinds)} layers and the network has {n_layer}")
+    return list(shortest(tuple(words[kind] for kind in kinds)))
 
 
 def _write_attention_types(config: ModelConfig) -> Values:
@@ -275,6 +290,15 @@ def _write_attention_types(config: ModelConfig) -> Values:
         "attention_layers": kinds,
         "window_size": config.window_tokens or config.context_tokens,
     }
+
+
+def _read_window_if_used(values: Values) -> Values:
+    """One window for every layer, where it is switched on."""
+    return _read_window(values) if values.get("use_sliding_window") else {}
+
+
+def _write_window_if_used(config: ModelConfig) -> Values:
+    return {"use_sliding_window": config.window_tokens is not None, "sliding_window": config.window_tokens}
 
 
 def _read_experts_everywhere(values: Values) -> Values:
@@ -355,7 +379,7 @@ LLAMA = Family(
     },
     prefix="model.",
     ours={"norm": "rms", "mlp": "swiglu", "bias": False},
-    needs={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+    needs={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,)},
     special=((_read_rope, _write_rope), (_read_head_width, _write_head_width)),
     ignored=(".rotary_emb.inv_freq",),
 )
@@ -386,7 +410,11 @@ QWEN3 = dataclasses.replace(
     tensors=LLAMA.tensors | {f"blocks.{{layer}}.attn.{x}_norm": f"layers.{{layer}}.self_attn.{x}_norm" for x in "qk"},
     ours=LLAMA.ours | {"qk_norm": True},
     needs={"hidden_act": ("silu",), "attention_bias": (False,)},
-    special=(*LLAMA.special, (_read_layer_types, _write_layer_types)),
+    special=(
+        (_read_rope, _write_rope),
+        (lambda values: _read_head_width(values, 128), _write_head_width),
+        (_read_layer_types, _write_layer_types),
+    ),
 )
 
 _EXPERTS = {"moe.top_k": Theirs("num_experts_per_tok", 2), "moe.experts": Theirs("num_local_experts", older="num_experts")}
@@ -403,6 +431,11 @@ MIXTRAL = dataclasses.replace(
         for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3"))
     },
     ours=LLAMA.ours | {"moe.normalise": True},
+    special=(
+        (lambda values: _read_rope(values, 1e6), _write_rope),
+        (_read_head_width, _write_head_width),
+        (_read_window, _write_window),
+    ),
 )
 
 QWEN3_MOE = dataclasses.replace(
@@ -422,7 +455,11 @@ QWEN3_MOE = dataclasses.replace(
         f"blocks.{{layer}}.mlp.experts.{{expert}}.{ours}": f"layers.{{layer}}.mlp.experts.{{expert}}.{ours}_proj"
         for ours in ("gate", "up", "down")
     },
-    special=(*QWEN3.special, (_read_experts_everywhere, lambda config: {"decoder_sparse_step": 1, "mlp_only_layers": []})),
+    special=(
+        *LLAMA.special,
+        (_read_window_if_used, _write_window_if_used),
+        (_read_experts_everywhere, lambda config: {"decoder_sparse_step": 1, "mlp_only_layers": []}),
+    ),
 )
 
 GPT_NEO = dataclasses.replace(

@@ -74,10 +74,12 @@ class Mixture(nn.Module):
         if self.normalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         out = sum((expert(tokens) for expert in self.shared), torch.zeros_like(tokens))
-        for number, expert in enumerate(self.experts):
-            rows, place = (chosen == number).nonzero(as_tuple=True)  # its tokens, and which choice of theirs it is
-            found = expert(tokens[rows]) * weights[rows, place].unsqueeze(-1).to(x.dtype)  # (n, D)
-            out = out.index_add(0, rows, found.to(out.dtype))
+        by_expert = chosen.flatten().argsort(stable=True)  # (N k,): choices in the order of their experts
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        for expert, choices in zip(self.experts, by_expert.split(counts), strict=True):
+            rows = choices // self.top_k  # its tokens
+            found = expert(tokens[rows]) * weights.flatten()[choices].unsqueeze(-1).to(x.dtype)  # (n, D)
+            out.index_add_(0, rows, found.to(out.dtype))
         return out.view(x.shape)
 
 

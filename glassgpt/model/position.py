@@ -46,6 +46,8 @@ class Learned(Position):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.weight = nn.Parameter(torch.empty(config.context_tokens, config.width))
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight)  # to be drawn anew, but without it a seed would no longer give 0.2.0's network
 
     def add(self, x: Tensor, positions: Tensor) -> Tensor:
         return x + nn.functional.embedding(positions, self.weight)

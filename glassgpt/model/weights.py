@@ -97,14 +97,14 @@ def sharded_reader(folder: Path) -> Any:
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names -> PyTorch's
 
 
-def config_to_hf(config: ModelConfig, end_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig, end_id: int | None, dtype: torch.dtype, begin_id: int | None = None) -> dict[str, Any]:
     """Our configuration as a `config.json`. Raises UserError when no published architecture says all of it."""
     family = family_of(config)
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **family.write(config),
-        "bos_token_id": end_id,
+        "bos_token_id": end_id if begin_id is None else begin_id,
         "eos_token_id": end_id,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -146,12 +146,12 @@ def load_hf(folder: Path) -> GPT:
     return _fill(config, tensors, _hf_names(kind, config), folder)
 
 
-def save_hf(model: GPT, folder: Path, end_id: int | None, dtype: torch.dtype | None = None) -> None:
+def save_hf(model: GPT, folder: Path, end_id: int | None, dtype: torch.dtype | None = None, begin_id: int | None = None) -> None:
     """Write `config.json` and `model.safetensors` as `transformers` does for the architecture. Loading gives the same bits.
 
     Raises UserError when no published architecture is this network.
     """
-    values = config_to_hf(model.config, end_id, dtype or next(model.parameters()).dtype)
+    values = config_to_hf(model.config, end_id, dtype or next(model.parameters()).dtype, begin_id)
     safetensors.torch.save_file(hf_tensors(model, dtype), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / HF_CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
 

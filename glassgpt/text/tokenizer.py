@@ -31,7 +31,10 @@ def byte_characters() -> dict[str, int]:
 
 
 class Tokenizer:
-    """Encode and decode text. Every byte string has ids, and ids give back exactly those bytes."""
+    """Encode and decode text. In a byte-level vocabulary every byte string has ids, and ids give back exactly those bytes.
+
+    One of SentencePiece's kind, with bytes for what no token has, puts a space before the text, and some normalise it.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
@@ -116,6 +119,16 @@ class Tokenizer:
         """The end-of-text token itself: the first of ENDS that is there."""
         return next((token for token in ENDS if self._backend.token_to_id(token) is not None), None)
 
+    @cached_property
+    def begin_id(self) -> int | None:
+        """Id of the token that its model wants before every text (Llama's <s>), None where there is none."""
+        ids = self._backend.encode("", add_special_tokens=True).ids
+        return ids[0] if len(ids) == 1 and ids[0] != self.end_id else None
+
+    def encode_start(self, text: str) -> list[int]:
+        """Ids of a text from its start on: the token that begins texts, if there is one, and `encode(text)`."""
+        return [*([] if self.begin_id is None else [self.begin_id]), *self.encode(text)]
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text`. `<|endoftext|>` in it is ordinary text unless `allow_special`: users' text must not end documents."""
         return self.encode_batch([text], allow_special=allow_special)[0]
@@ -185,7 +198,7 @@ class Tokenizer:
     @cached_property
     def _falls_back(self) -> bool:
         """Whether tokens are text, with one for each byte beside them (SentencePiece's way), in place of byte characters."""
-        return bool(json.loads(self.to_json())["model"].get("byte_fallback"))
+        return bool(getattr(self._backend.model, "byte_fallback", False))
 
     @cached_property
     def _byte_ids(self) -> list[int]:

@@ -117,7 +117,7 @@ def evaluate(config: Evaluate) -> dict[str, float]:
     documents = list(data.documents(config.sources))
     if config.holdout_share < 1:
         documents = [text for split, text in data.shards.hold_out(documents, config.holdout_share) if split == "val"]
-    ids = _joined(tokenizer.encode_batch(documents), tokenizer.end_id)
+    ids = _joined(tokenizer.encode_batch(documents), tokenizer.begin_id, tokenizer.end_id)
     byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=device)
     precision: str = config.precision
     if precision == "auto":
@@ -139,6 +139,6 @@ def evaluate(config: Evaluate) -> dict[str, float]:
     return found
 
 
-def _joined(texts: Sequence[Sequence[int]], end_id: int | None) -> np.ndarray:
-    end = [] if end_id is None else [end_id]
-    return np.array([token_id for ids in texts for token_id in [*ids, *end]], dtype=np.int64)
+def _joined(texts: Sequence[Sequence[int]], begin_id: int | None, end_id: int | None) -> np.ndarray:
+    begin, end = ([] if token_id is None else [token_id] for token_id in (begin_id, end_id))
+    return np.array([token_id for ids in texts for token_id in [*begin, *ids, *end]], dtype=np.int64)

@@ -44,9 +44,9 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, logit_cap: float 
 
     hidden (B, T, D), weight (V, D), targets (B, T).
     A chunk of positions at a time makes its logits, their loss and, at once and in the same place, their gradient, and of it
-    those of hidden and weight: the memory is CHUNK_LOGITS numbers of the product's precision and the gradient of the weight,
-    where the plain loss holds B * T * V numbers three times. (The idea of Liger Kernel's fused linear cross-entropy, Hsu et
-    al. 2024.)
+    those of hidden and weight: the memory is CHUNK_LOGITS numbers of the product's precision (on a GPU in float32 too) and the
+    gradient of the weight, where the plain loss holds B * T * V numbers three times. (The idea of Liger Kernel's fused linear
+    cross-entropy, Hsu et al. 2024.)
     """
     weight = weight if torch.is_grad_enabled() else weight.detach()  # whose gradient would be computed for nothing
     return Loss(_HeadLoss.apply(hidden, weight, targets, logit_cap), (targets != IGNORE).sum())
@@ -70,7 +70,7 @@ class _HeadLoss(torch.autograd.Function):
                 chunk = rows[part : part + size]  # (n, D)
                 logits = chunk @ head.mT  # (n, V)
                 for piece, piece_wanted in zip(logits.split(piece_size), wanted.split(piece_size), strict=True):
-                    total += _to_gradient(piece, piece_wanted, total.dtype, logit_cap)
+                    total += _to_gradient(piece, piece_wanted, total.dtype, logit_cap, wants_grad)
                 if drows is not None and dhead is not None:
                     drows[part : part + size] = logits @ head
                     dhead += logits.mT @ chunk
@@ -86,8 +86,8 @@ class _HeadLoss(torch.autograd.Function):
         return drows * grad, dhead * grad, None, None
 
 
-def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype, logit_cap: float | None) -> Tensor:
-    """The loss of logits (n, V), summed in `dtype`; its gradient by the logits, before their cap, takes their place."""
+def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype, logit_cap: float | None, wants_grad: bool) -> Tensor:
+    """The loss of logits (n, V), summed in `dtype`; its gradient by the logits, before their cap, takes their place if wanted."""
     supervised = targets != IGNORE  # (n,)
     index = targets.clamp(min=0).unsqueeze(1)  # (n, 1)
     scores = logits.to(dtype)  # (n, V): a copy, or the logits themselves
@@ -99,13 +99,16 @@ def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype, logit_cap:
     scores -= scores.amax(dim=1, keepdim=True)
     target_score = scores.gather(1, index).squeeze(1)  # (n,)
     norm = scores.exp_().sum(dim=1)  # (n,)
+    total = ((norm.log() - target_score) * supervised).sum()
+    if not wants_grad:
+        return total
     scores.mul_((supervised / norm).unsqueeze(1))  # softmax, 0 where nothing is supervised
     scores.scatter_add_(1, index, -supervised.to(dtype).unsqueeze(1))
     if slope is not None:
         scores *= slope
     if scores is not logits:
         logits.copy_(scores)
-    return ((norm.log() - target_score) * supervised).sum()
+    return total
 
 
 @dataclass(frozen=True, eq=False)

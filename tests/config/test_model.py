@@ -118,3 +118,29 @@ def test_active_experts_are_together_as_wide_as_the_dense_mlp() -> None:
 def test_the_pattern_of_spans_repeats() -> None:
     config = ModelConfig(n_layer=5, spans=("full", "window", "strided"), window_tokens=4)
     assert [config.span(layer) for layer in range(5)] == ["full", "window", "strided", "full", "window"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"norm": "rmsnorm"}, r"norm must be one of layer, rms; got 'rmsnorm' \(did you mean 'rms'\?\)"),
+        ({"mlp": "swiglue"}, r"mlp must be one of gelu, swiglu, relu2; got 'swiglue' \(did you mean 'swiglu'\?\)"),
+        ({"position": "rop"}, r"position must be one of learned, .* \(did you mean 'rope'\?\)"),
+        ({"spans": ("local",), "window_tokens": 4}, r"spans must be one of full, window, strided; got 'local'"),
+        ({"window_tokens": 4}, "window_tokens is 4 and spans is full"),
+    ],
+)
+def test_a_slot_that_is_not_there_is_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        ModelConfig(**changes)
+
+
+def test_settings_without_effect_are_refused() -> None:
+    with pytest.raises(UserError, match=r"rope.scaling must be one of .*; got 'yarm'"):
+        RopeConfig(scaling="yarm")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"rope.attention_factor 2.0 must be positive, and is for rope.scaling yarn alone"):
+        RopeConfig(attention_factor=2.0)
+    with pytest.raises(UserError, match=r"rope.attention_factor 0.0 must be positive"):
+        RopeConfig(scaling="yarn", original_tokens=10, attention_factor=0.0)
+    with pytest.raises(UserError, match=r"moe.expert_width is 10 and moe.experts 0"):
+        MoeConfig(expert_width=10)

@@ -65,6 +65,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**TINY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 16},
     ),
+    "qwen3_moe, window": (
+        "qwen3_moe",
+        {
+            **TINY,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
     "gpt_neo": (
         "gpt_neo",
         {
@@ -158,7 +169,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-3, "rope_theta": 20000.0, "num_attention_heads": 8},
     "llama, llama3 scaling": {"rope_parameters": {**LLAMA3, "high_freq_factor": 3.0}},
     "llama, yarn": {"rope_parameters": {**YARN, "factor": 3.0}},
-    "llama, linear": {"rope_parameters": {**LINEAR, "rope_type": "default"}},
+    "llama, linear": {"rope_parameters": {**LINEAR, "factor": 3.0}},
     "mistral": {"sliding_window": 9},
     "qwen2, windows": {"max_window_layers": 2, "sliding_window": 6, "layer_types": ["full_attention"] * 3},
     "mixtral": {"num_experts_per_tok": 1},
@@ -274,8 +285,12 @@ def test_the_architecture_of_a_network_built_here(changes: dict[str, Any], archi
         (MODERN | {"logit_cap": 30.0}, "LlamaForCausalLM, has no logit_cap = 30.0"),
         (MODERN | {"rope": RopeConfig(scaling="ntk", factor=2.0)}, "LlamaForCausalLM, has no rope = "),
         (MODERN | {"moe": MoeConfig(experts=4, shared=1)}, "has no moe = MoeConfig"),
-        (MODERN | {"spans": ("strided",), "window_tokens": 4}, "has no spans = "),
+        (MODERN | {"spans": ("strided",), "window_tokens": 4}, "no published architecture is"),
         ({"spans": ("full", "window"), "window_tokens": 4}, "has no spans = .*, window_tokens = 4"),
+        (
+            MODERN | {"qk_norm": True, "moe": MoeConfig(4), "spans": ("full", "window"), "window_tokens": 4},
+            "no published architecture is",
+        ),
     ],
 )
 def test_what_no_architecture_is_names_the_field(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -295,6 +310,15 @@ def test_what_no_architecture_is_names_the_field(changes: dict[str, Any], said: 
         ("llama", {"hidden_act": "relu"}, r"hidden_act = 'relu' cannot be represented; expected 'silu'"),
         ("llama", {"attention_bias": True}, r"attention_bias = True cannot be represented"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, r"rope_type = 'dynamic' cannot be represented; expected one of"),
+        ("llama", {"rope_parameters": {**LINEAR, "rope_type": "default"}}, r"rope_parameters.factor = 2.0 cannot be represented"),
+        ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0.5 cannot be represented"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"partial_rotary_factor = 0.5"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, r"rope_parameters.full_attention = .* cannot be"),
+        ("llama", {"sliding_window": 8}, r"sliding_window = 8 cannot be represented; expected None"),
+        ("bloom", {"quantization_config": {"bits": 4}}, r"quantization_config = .* cannot be represented"),
+        ("gpt2", {"clip_qkv": 8.0}, r"clip_qkv = 8.0 cannot be represented"),
+        ("qwen2, windows", {"layer_types": ["full_attention"]}, "layer_types names 1 layers and the network has 3"),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 3]]}, "attention_types names 6 layers and the network has 3"),
         ("llama", {"rope_parameters": {**YARN, "mscale": 0.7}}, r"rope_parameters.mscale = 0.7 cannot be represented"),
         ("llama", {"rope_parameters": {**YARN, "truncate": False}}, r"rope_parameters.truncate = False cannot be represented"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers or decoder_sparse_step leave some layers dense"),

@@ -256,3 +256,13 @@ def test_tokens_that_are_text_with_bytes_beside_them() -> None:
     assert tokenizer.byte_lengths()[vocabulary["▁the"]] == 4 and tokenizer.byte_lengths()[10] == 1
     assert (tokenizer.end_token, tokenizer.end_id) == ("</s>", vocabulary["</s>"])
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(b"the\xff")) == b" the\xff"
+
+
+def test_the_token_that_begins_texts() -> None:
+    """What a vocabulary's own template puts before a text; GPT-2's puts nothing."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<s>": 1}, []))
+    backend.add_special_tokens(["<s>"])
+    assert Tokenizer(backend).begin_id is None and Tokenizer(backend).encode_start("aa") == [0, 0]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = Tokenizer(backend)
+    assert (tokenizer.begin_id, tokenizer.encode("aa"), tokenizer.encode_start("aa")) == (1, [0, 0], [1, 0, 0])
