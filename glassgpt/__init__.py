@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from glassgpt.train.evaluate import evaluate as evaluate
     from glassgpt.train.pretrain import pretrain as pretrain
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
     "PRESETS": "config",
