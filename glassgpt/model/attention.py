@@ -139,6 +139,11 @@ def flexible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: floa
     """
     if mask is None or dropout or q.device.type != "cuda":  # nothing is sparse, or nothing is compiled
         return fused(q, k, v, mask, dropout, scale)
+    return _skipping(q, k, v, mask, scale, _flex())
+
+
+def _skipping(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, flex: Callable[..., Tensor]) -> Tensor:
+    """FlexAttention, compiled or not, with a mask or a bias."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, heads = mask.size(0), mask.size(1)  # 1 where all are alike
@@ -151,7 +156,7 @@ def flexible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: floa
         return score if mask.dtype == torch.bool else score + mask[b % rows, h % heads, i, j]
 
     seen = create_block_mask(sees, rows if rows > 1 else None, heads if heads > 1 else None, q.size(2), k.size(2), q.device)
-    return _flex()(q, k, v, score_mod=biased, block_mask=seen, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    return flex(q, k, v, score_mod=biased, block_mask=seen, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 @functools.cache

@@ -192,3 +192,30 @@ def test_scores_are_scaled_by_the_root_of_the_head_width() -> None:
     weight = math.exp(3) / (1 + math.exp(3))
     for attend in (plain, fused, blocked):
         assert attend(q, k, v, None, 0.0)[0, 0, 1, 0].item() == pytest.approx(1 + weight, abs=1e-12)
+
+
+# ---------------------------------------------------------------------- FlexAttention, as it is written, not compiled
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("G", [H, 1])
+@pytest.mark.parametrize("kind", ["window", "strided", "pad", "segments", "bias", "bias of each row"])
+def test_what_a_mask_leaves_empty_may_be_skipped(kind: str, G: int) -> None:
+    """What `flexible` gives to PyTorch on a GPU: the same numbers, and a mask that skips blocks."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    T = 300
+    (q, k, v), _ = tensors(T)
+    q, k, v = q.detach(), k.detach()[:, :G], v.detach()[:, :G]
+    if kind in ("window", "strided"):
+        seen = visible(T, T, None, None, q.device, kind, 20)  # type: ignore[arg-type]
+    elif "bias" in kind:
+        rows = B if "row" in kind else 1
+        noise = torch.randn(rows, H, T, T, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        seen = attention.masked(noise, None)
+    else:
+        seen = mask(kind, T)
+    assert seen is not None
+    found = attention._skipping(q, k, v, seen, None, flex_attention)
+    assert torch.allclose(found, plain(q, k, v, seen, 0.0), rtol=0, atol=1e-12)
+    assert not torch.allclose(found, plain(q, k, v, None, 0.0), rtol=0, atol=1e-3)
