@@ -22,7 +22,7 @@ class Muon(Optimizer):
     """`torch.optim.Muon` with `match_rms_adamw`, with two differences.
 
     Matrices of one shape are stacked and orthogonalised by batched products: the same numbers with fewer, larger operations
-    (docs/log.md has the gain). A matrix that `parts` says holds several maps one above the other is parted first,
+    (docs/log.md has what that brings). A matrix that `parts` says holds several maps one above the other is parted first,
     as a step that is orthogonal over q, k and v together is orthogonal for none of them. Sharded parameters (FSDP) are
     gathered for it, so the step does not depend on the number of ranks.
     """
