@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from saved import saved_bytes
 from torch import Tensor
 
 from glassgpt.config import PRESETS, ModelConfig, UserError, preset
@@ -21,7 +22,6 @@ from glassgpt.generation.cache import KVCache
 from glassgpt.interpret.anatomy import HeadRows, Inference, Training, activation_bytes, anatomy, folded, qkv_rows
 from glassgpt.interpret.info import info
 from glassgpt.model import GPT, plain, use_attention, weights
-from glassgpt.train.loss import Scored
 
 TINY = PRESETS["tiny"]
 MODERN = preset(
@@ -198,24 +198,6 @@ def test_in_a_hugging_face_file_the_rows_are_columns(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- memory
-
-
-def saved_bytes(config: ModelConfig, B: int, T: int) -> int:
-    """Bytes of the storages that autograd keeps for the backward pass, each once, parameters apart."""
-    model = GPT(config)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    ids, targets = torch.randint(config.vocab_size, (2, B, T))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        Scored(model)(ids, targets)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize(

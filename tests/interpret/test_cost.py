@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from saved import KERNELS, saved_bytes
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from glassgpt.config import PRESETS, ModelConfig, ParallelConfig, preset
@@ -15,11 +15,10 @@ from glassgpt.config.model import MoeConfig
 from glassgpt.generation.cache import KVCache
 from glassgpt.interpret import cost
 from glassgpt.interpret.cost import Kernel, Setup
-from glassgpt.model import GPT, blocked, fused, plain, use_attention
+from glassgpt.model import GPT, plain, use_attention
 from glassgpt.train import loss, parallel
 from glassgpt.train.loss import Scored
 
-KERNELS = {"plain": plain, "fused": fused, "blocked": blocked}
 SLOTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "rms": {"norm": "rms"},
@@ -184,28 +183,6 @@ def test_the_cache_is_as_large_as_counted(name: str) -> None:
         for part in torch.zeros(2, 128, dtype=torch.long).split(60, dim=1):
             model(part, cache)
     assert cache.nbytes == 4 * cost.cache_numbers(config, 2, 128)
-
-
-def saved_bytes(config: ModelConfig, B: int, T: int, kernel: str, precision: str) -> int:
-    """Bytes of the storages that autograd keeps for the backward pass of a training step, each once, parameters apart."""
-    model = GPT(config)
-    use_attention(model, KERNELS[kernel])
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    ids, targets = torch.randint(config.vocab_size, (2, B, T))
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-    ):
-        Scored(model)(ids, targets)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # RMSNorm of a bf16 query: slower, not wrong
