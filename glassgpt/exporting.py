@@ -39,8 +39,9 @@ def export(config: Export) -> Path:
 def _save_hf_tokenizer_facts(folder: Path, tokenizer: Tokenizer, context_tokens: int) -> None:
     """What `transformers` wants to know beside tokenizer.json: its class, its limit, the special tokens, where texts end."""
     facts: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_tokens}
-    if tokenizer.end_token is not None:
-        facts |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.end_token)
-        ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_id)
+    if tokenizer.end_token is not None and tokenizer.end_id is not None:
+        begin_id = tokenizer.end_id if tokenizer.begin_id is None else tokenizer.begin_id
+        facts |= dict.fromkeys(("eos_token", "unk_token"), tokenizer.end_token) | {"bos_token": tokenizer.pieces()[begin_id]}
+        ends = {"bos_token_id": begin_id, "eos_token_id": tokenizer.end_id}
         (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
     (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
@@ -319,3 +321,18 @@ def test_moved_run_still_loads(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "elsewhere")
     shutil.rmtree(run)
     assert torch.equal(logits(load(tmp_path / "elsewhere")[0]), logits(random_model(seed=2)))
+
+
+def test_the_token_that_begins_texts_is_exported(tmp_path: Path) -> None:
+    """Not the one that ends them, where a vocabulary has both."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<s>": 1, "</s>": 2}, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    weights.save(GPT(dataclasses.replace(SHAPE, vocab_size=3)), tmp_path)
+    Tokenizer(backend).save(tmp_path)
+    out = export(Export(str(tmp_path), str(tmp_path / "out")))
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((out / name).read_text())
+        assert (values["bos_token_id"], values["eos_token_id"]) == (1, 2), name
+    facts = json.loads((out / "tokenizer_config.json").read_text())
+    assert (facts["bos_token"], facts["eos_token"]) == ("<s>", "</s>")
