@@ -24,6 +24,8 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), (None,)),
 }
 FULL: Span = "full"
+LAYER_TYPES: dict[str, Span] = {"full_attention": "full", "sliding_attention": "window"}
+ATTENTION_TYPES: dict[str, Span] = {"global": "full", "local": "window"}
 Values = dict[str, Any]
 
 
@@ -249,14 +251,12 @@ def _read_layer_types(values: Values) -> Values:
     if types is None:
         last = values.get("max_window_layers", 28)
         types = ["full_attention" if layer < last else "sliding_attention" for layer in range(values["num_hidden_layers"])]
-    words: dict[str, Span] = {"full_attention": "full", "sliding_attention": "window"}
-    spans = _spans("layer_types", types, words, values["num_hidden_layers"])
+    spans = _spans("layer_types", types, LAYER_TYPES, values["num_hidden_layers"])
     return {"spans": spans, "window_tokens": window if set(spans) != {"full"} else None}
 
 
 def _write_layer_types(config: ModelConfig) -> Values:
-    words = {"full": "full_attention", "window": "sliding_attention"}
-    types = [words.get(config.span(layer), "full_attention") for layer in range(config.n_layer)]
+    types = _kinds(config, LAYER_TYPES)
     return {
         "use_sliding_window": config.window_tokens is not None,
         "sliding_window": config.window_tokens,
@@ -267,10 +267,15 @@ def _write_layer_types(config: ModelConfig) -> Values:
 
 def _read_attention_types(values: Values) -> Values:
     """GPT-Neo's [[["global", "local"], 6]]."""
-    words: dict[str, Span] = {"global": "full", "local": "window"}
     kinds = [kind for pattern, times in values.get("attention_types", [[["global", "local"], 12]]) for kind in pattern * times]
-    spans = _spans("attention_types", kinds, words, values["num_layers"])
+    spans = _spans("attention_types", kinds, ATTENTION_TYPES, values["num_layers"])
     return {"spans": spans, "window_tokens": values.get("window_size", 256) if set(spans) != {"full"} else None}
+
+
+def _kinds(config: ModelConfig, words: dict[str, Span]) -> list[str]:
+    """A word for each layer; a span that has none is written as a full one, and `family_of` finds the loss."""
+    by_span = {span: word for word, span in words.items()}
+    return [by_span.get(config.span(layer), by_span[FULL]) for layer in range(config.n_layer)]
 
 
 def _spans(name: str, kinds: list[str], words: dict[str, Span], n_layer: int) -> list[Span]:
@@ -283,8 +288,7 @@ def _spans(name: str, kinds: list[str], words: dict[str, Span], n_layer: int) ->
 
 
 def _write_attention_types(config: ModelConfig) -> Values:
-    words = {"full": "global", "window": "local"}
-    kinds = [words.get(config.span(layer), "global") for layer in range(config.n_layer)]
+    kinds = _kinds(config, ATTENTION_TYPES)
     return {
         "attention_types": [[kinds, 1]],
         "attention_layers": kinds,
