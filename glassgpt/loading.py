@@ -24,6 +24,7 @@ HUB_FILES = [
     "tokenizer*.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
 ]
 HUB_PICKLES = ["pytorch_model*.bin*"]
 

@@ -15,7 +15,7 @@ from glassgpt.config.files import read_yaml
 
 LAYERS = (
     "config", "charts", "text", "data", "model", "loading", "gguf_writer",
-    "exporting", "generation", "interpret", "evaluation", "train", "compress",
+    "exporting", "generation", "interpret", "evaluation", "train", "tuning", "compress",
     "retrieve", "lab", "serve", "cli",
 )  # fmt: skip
 ONLY_CONFIG = ("text", "model")  # these know of nothing else
