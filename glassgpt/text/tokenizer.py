@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from glassgpt.config import UserError
+from glassgpt.text.template import Template
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")
@@ -36,8 +37,10 @@ class Tokenizer:
     One of SentencePiece's kind, with bytes for what no token has, puts a space before the text, and some normalise it.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, template: Template | None = None) -> None:
         self._backend = backend
+        self.template = template
+        """The words around the messages of a chat, where the model brings its own."""
         backend.no_truncation()  # some published files carry a training run's limits
         backend.no_padding()
 
@@ -54,10 +57,10 @@ class Tokenizer:
             if path.is_file():
                 return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
             if (path / "tokenizer.json").is_file():
-                return cls.load(path / "tokenizer.json")
+                return cls(cls.load(path / "tokenizer.json")._backend, Template.read(path))
             for vocabulary, merges in VOCABULARY_FILES:
                 if (path / vocabulary).is_file() and (path / merges).is_file():
-                    return cls._from_merges(path / vocabulary, path / merges)
+                    return cls(cls._from_merges(path / vocabulary, path / merges)._backend, Template.read(path))
         except UserError:
             raise
         except Exception as error:  # the backend raises bare Exception on a malformed file
@@ -91,8 +94,14 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` into `folder`."""
+        """Write `tokenizer.json` into `folder`, and the chat template if there is one."""
         (Path(folder) / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+        if self.template is not None:
+            self.template.save(Path(folder))
+
+    def with_template(self, template: Template) -> Tokenizer:
+        """The same vocabulary with the words around the messages of a chat."""
+        return Tokenizer(self._backend, template)
 
     def to_json(self) -> str:
         return self._backend.to_str()
@@ -129,8 +138,14 @@ class Tokenizer:
         """Ids of a text from its start on: the token that begins texts, if there is one, and `encode(text)`."""
         return [*([] if self.begin_id is None else [self.begin_id]), *self.encode(text)]
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text`. `<|endoftext|>` in it is ordinary text unless `allow_special`: users' text must not end documents."""
+    def encode(self, text: str, *, allow_special: bool = False, inside: bool = False) -> list[int]:
+        """Ids of `text`. `<|endoftext|>` in it is ordinary text unless `allow_special`: users' text must not end documents.
+
+        `inside` is for text that goes on another: SentencePiece's kind then puts no space before it.
+        """
+        if inside and self._falls_back:
+            before = self.encode("\n")
+            return self.encode(f"\n{text}", allow_special=allow_special)[len(before) :]
         return self.encode_batch([text], allow_special=allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
@@ -185,6 +200,14 @@ class Tokenizer:
     def byte_lengths(self) -> list[int]:
         """Bytes of text behind each id, 0 for special tokens: what bits per byte divides by."""
         return [0 if token_id in self._special else len(data) for token_id, data in enumerate(self._bytes_of_id)]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Tokens that are no text, such as the one that ends texts."""
+        return list(self._special.values())
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
 
     @cached_property
     def _special(self) -> dict[int, str]:
