@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from glassgpt.config.errors import UserError, check_at_least, check_choices, check_seed
 from glassgpt.config.pretrain import OptimConfig
 
-LORA_TARGETS = ("qkv", "out", "up", "gate", "down")
+LoraTarget = Literal["qkv", "out", "up", "gate", "down"]
+LORA_TARGETS: tuple[LoraTarget, ...] = ("qkv", "out", "up", "gate", "down")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class LoraConfig:
     """Rank of the adapters; 0 trains all weights of the model instead."""
     alpha: float = 16.0
     """The adapters' product is scaled by alpha / rank."""
-    targets: tuple[Literal["qkv", "out", "up", "gate", "down"], ...] = LORA_TARGETS
+    targets: tuple[LoraTarget, ...] = LORA_TARGETS
     """Which matrices of every block get one: qkv and out of the attention, up, gate and down of the MLP (where it has them)."""
     dropout: float = 0.0
     """Share of the adapters' inputs set to zero in training."""
@@ -62,6 +65,32 @@ class RecordsConfig:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """What a model would learn from files of examples: how they were recognised, lengths, what is learnt, only read, cut or left
+    out, whether answers end, and some examples coloured by what is learnt."""
+
+    files: Annotated[tuple[str, ...], Positional, arg(metavar="FILE")]
+    """JSON, JSONL (also .gz) or Parquet files, or `hf:OWNER/NAME`."""
+    model: str = "storyteller"
+    """Whose tokenizer, chat template and context are used."""
+    template: Literal["chat", "none"] = "chat"
+    """chat: the model's chat template; none: plain text, one after the other."""
+    max_tokens: int = 0
+    """Longest example in tokens, instruction and response together; 0 is the model's context."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What to do with a longer one: leave it out, cut the end of its response (never its instruction), or stop."""
+    show: int = 5
+    """Examples shown, coloured by what is learnt."""
+    chart: str | None = None
+    """Draw the lengths as this .svg or .png file."""
+    json: bool = False
+    """One JSON object instead of text."""
+
+    def __post_init__(self) -> None:
+        check_at_least(0, self, "max_tokens", "show")
+
+
+@dataclass(frozen=True)
 class Tuning:
     """What every stage after pretraining shares."""
 
@@ -92,8 +121,8 @@ class Tuning:
     """Seed of data order, dropout, adapters and sampling."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best there is."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass. Weights stay float32."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Arithmetic of the forward pass. Weights stay float32, but under fp64, where everything is float64: for proofs."""
     checkpoint_activations: bool = False
     """Keep only each block's input and compute the rest again for the gradient: less memory, a third more work."""
     spike_deviations: float = 8.0

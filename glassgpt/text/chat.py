@@ -7,6 +7,7 @@ where the prompt that is served ends.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -47,7 +48,7 @@ def template_of(tokenizer: Tokenizer) -> Template:
     """The template that the model brings, or ours with its vocabulary's end-of-text token."""
     if tokenizer.template is not None:
         return tokenizer.template
-    begin = "" if tokenizer.begin_id is None else tokenizer.pieces()[tokenizer.begin_id]
+    begin = "" if tokenizer.begin_id is None else tokenizer.decode([tokenizer.begin_id])
     return Template(DEFAULT, begin, tokenizer.end_token or "")
 
 
@@ -93,25 +94,57 @@ def end_ids(tokenizer: Tokenizer) -> list[int]:
 
 def pieces(messages: Sequence[Message], template: Template, *, reply: bool = False) -> list[Piece]:
     """The rendered conversation, parted into messages and the words around them; joined it is what the template writes."""
+    parts = _rendered(messages, template, reply)
+    gap = _gap(template)
+    for place, part in enumerate(parts[1:], 1):
+        before = parts[place - 1].text
+        if gap and part.author is not None and messages[part.author].role == "assistant" and before.endswith(gap):
+            parts[place - 1 : place + 1] = [Piece(before.removesuffix(gap), None), Piece(gap + part.text, part.author)]
+    return parts
+
+
+@functools.lru_cache(maxsize=32)
+def _gap(template: Template) -> str:
+    """White space that a template has before an answer but not where it asks for one: it is the assistant's to write."""
+    question = [Message("user", "a")]
+    try:
+        before = _rendered([*question, Message("assistant", "b")], template, reply=False)[2].text
+        asked = _rendered(question, template, reply=True)[2].text
+    except (UserError, IndexError):  # a template that takes no such conversation, or leaves a message out
+        return ""
+    gap = before.removeprefix(asked)
+    return gap if gap.isspace() and asked + gap == before else ""
+
+
+def _rendered(messages: Sequence[Message], template: Template, reply: bool) -> list[Piece]:
     contents = [message.content for message in messages]
     first = next((plane for plane in PRIVATE_PLANES if not _uses(contents, plane)), None)
     if first is None:
         raise UserError("a message holds characters of both private planes of Unicode; take them out")
-    whole = template.render([message._asdict() for message in messages], reply=reply)
-    parts: list[Piece] = []
-    for strip in (False, True):  # some templates trim what they are given
-        marked = [
-            message._replace(
-                content=f"{chr(first + 2 * i)}{message.content.strip() if strip else message.content}{chr(first + 2 * i + 1)}"
-            )
-            for i, message in enumerate(messages)
-        ]
-        parts = _parted(template.render([message._asdict() for message in marked], reply=reply), first, len(messages))
-        if "".join(part.text for part in parts) == whole:
-            return parts
-    raise UserError(
-        "the chat template changes the messages that it is given, so it cannot be told which tokens are the assistant's"
-    )
+    marked = [
+        message._replace(content=f"{chr(first + 2 * i)}{message.content}{chr(first + 2 * i + 1)}")
+        for i, message in enumerate(messages)
+    ]
+    whole, with_marks = (template.render([message._asdict() for message in given], reply=reply) for given in (messages, marked))
+    parts = _trimmed(_parted(with_marks, first, len(messages)), whole)
+    if "".join(part.text for part in parts) != whole:
+        raise UserError(
+            "the chat template changes the messages that it is given, so it cannot be told which tokens are the assistant's"
+        )
+    return parts
+
+
+def _trimmed(parts: Sequence[Piece], whole: str) -> list[Piece]:
+    """The pieces as they stand in the text without marks: some templates trim what they are given."""
+    found, at = [], 0
+    for part, after in zip(parts, [*parts[1:], Piece("", None)], strict=True):
+        text = part.text
+        if part.author is not None:
+            forms = (text, text.strip(), text.lstrip(), text.rstrip())
+            text = next((form for form in forms if whole.startswith(form + after.text, at)), text)
+        found.append(Piece(text, part.author))
+        at += len(text)
+    return found
 
 
 def _uses(contents: Sequence[str], plane: int) -> bool:

@@ -52,8 +52,10 @@ class Template:
                 add_generation_prompt=reply,
                 bos_token=self.begin,
                 eos_token=self.end,
+                tools=None,
+                documents=None,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except Exception as error:  # a template is a program: anything may go wrong in it
             roles = ", ".join(str(message["role"]) for message in messages)
             raise UserError(f"the model's chat template refuses this conversation ({roles}): {first_line(error)}") from error
 
@@ -67,6 +69,7 @@ class Template:
         """The template that lies in a folder, None where there is none. Raises UserError for files that cannot be read."""
         try:
             facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8")) if (folder / FACTS_FILE).is_file() else {}
+            source: Any = None
             if (folder / TEMPLATE_FILE).is_file():
                 source = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
             else:
@@ -90,8 +93,9 @@ def _compiled(source: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    # marks for another library's loss mask; they write nothing
-    return environment.from_string(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
+    # marks for another library's loss mask write nothing, but take the white space around them as every tag does
+    source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
+    return environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
 
 
 def _refuse(message: str) -> None:

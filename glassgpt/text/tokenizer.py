@@ -99,8 +99,8 @@ class Tokenizer:
         if self.template is not None:
             self.template.save(Path(folder))
 
-    def with_template(self, template: Template) -> Tokenizer:
-        """The same vocabulary with the words around the messages of a chat."""
+    def with_template(self, template: Template | None) -> Tokenizer:
+        """The same vocabulary with other words around the messages of a chat, or none."""
         return Tokenizer(self._backend, template)
 
     def to_json(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from glassgpt.config import UserError
@@ -25,28 +25,32 @@ from glassgpt.train import optim, parallel
 from glassgpt.train.parallel import Ranks
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+HEAD_FILE = "head.safetensors"
 MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of the tensors' names in a sharded checkpoint
 
 
 def save(
     run: Path,
     step: int,
-    model: GPT,
+    module: nn.Module,
     optimizers: list[Optimizer],
     tokenizer: Tokenizer,
     facts: dict[str, Any],
     ranks: Ranks,
     *,
     sharded: bool = False,
+    base: str | None = None,
 ) -> Path:
     """Write `run/checkpoints/step-NNNNNN`: the plain model, its tokenizer, the optimisers and, last, what must be there.
 
-    `step` counts finished optimiser steps. Random state needs no saving: data order and dropout follow from the step.
-    Every rank calls it. Rank 0 writes; with `sharded` each rank writes its own part, and nothing is gathered.
+    `module` is a GPT, or holds one as `model` beside a scalar `head`. A model with adapters is written as these alone, upon the
+    model called `base`. `step` counts finished optimiser steps. Random state needs no saving: data order and dropout follow from
+    the step. Every rank calls it. Rank 0 writes; with `sharded` each rank writes its own part, and nothing is gathered.
     """
     target = run / "checkpoints" / f"step-{step:06d}"
+    model, head = _parts_of(module)
     own = {name: p.detach() for name, p in model.named_parameters()}
-    state = optim.state(model, optimizers)
+    state = optim.state(module, optimizers)
     if not sharded:
         own = {name: parallel.whole(tensor) for name, tensor in own.items()}
         state = {name: parallel.whole(tensor) for name, tensor in state.items()}
@@ -62,7 +66,15 @@ def save(
             if sharded:
                 weights.save_config(model, aside)
             else:
-                weights.save(model, aside, tensors=own)
+                if base is None:
+                    weights.save(model, aside, tensors=own)
+                else:
+                    from glassgpt.model import lora
+
+                    lora.save_adapter(model, aside, base)
+                if head is not None:
+                    tensors = {name: p.detach().cpu() for name, p in head.named_parameters()}
+                    safetensors.torch.save_file(tensors, aside / HEAD_FILE)
                 safetensors.torch.save_file({name: t.cpu() for name, t in state.items()}, aside / OPTIMIZER_FILE)
             tokenizer.save(aside)
             sizes = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
@@ -74,6 +86,11 @@ def save(
             _write_parts(aside, own, state)
         ranks.first(finish)
     return target
+
+
+def _parts_of(module: nn.Module) -> tuple[GPT, nn.Module | None]:
+    """The network of what is trained, and the scalar head beside it, if there is one."""
+    return (module, None) if isinstance(module, GPT) else (module.model, module.head)  # type: ignore[return-value]
 
 
 def _write_parts(folder: Path, own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -107,15 +124,29 @@ def best(complete: list[Path]) -> Path | None:
     return min(losses, key=lambda folder: losses[folder], default=None)
 
 
-def restore(folder: Path, model: GPT, optimizers: list[Optimizer]) -> int:
+def facts(folder: Path) -> dict[str, Any]:
+    """What a complete checkpoint has noted of itself."""
+    found: dict[str, Any] = json.loads((folder / COMPLETE_FILE).read_text())
+    return found
+
+
+def restore(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> int:
     """Load weights and optimisers in place, whole or sharded, whatever they were saved as; returns the finished steps."""
+    model, head = _parts_of(module)
     try:
-        step = int(json.loads((folder / COMPLETE_FILE).read_text())["step"])
+        step = int(facts(folder)["step"])
         if (folder / weights.SHARDED).is_dir():
             _read_parts(folder, model, optimizers)
+            return step
+        if (folder / "adapter_config.json").is_file():
+            from glassgpt.model import lora
+
+            lora.load_adapter(model, folder)
         else:
             put(model, weights.load(folder))
-            optim.set_state(model, optimizers, safetensors.torch.load_file(folder / OPTIMIZER_FILE))
+        if head is not None:
+            head.load_state_dict(safetensors.torch.load_file(folder / HEAD_FILE))
+        optim.set_state(module, optimizers, safetensors.torch.load_file(folder / OPTIMIZER_FILE))
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(
             f"{folder}: cannot restore this checkpoint ({error}); delete it to continue from the one before"

@@ -26,7 +26,7 @@ class Loss:
     sum: Tensor
     """Scalar: total over the supervised tokens, in nats."""
     count: Tensor
-    """Scalar int64: supervised tokens."""
+    """Scalar: supervised tokens, or their weights summed."""
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Loss:
@@ -39,56 +39,65 @@ def token_loss(logits: Tensor, targets: Tensor) -> Loss:
     return Loss(total, (targets != IGNORE).sum())
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, logit_cap: float | None = None) -> Loss:
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, logit_cap: float | None = None, weights: Tensor | None = None
+) -> Loss:
     """`token_loss(capped(hidden @ weight.T, logit_cap), targets)` without ever holding all logits.
 
-    hidden (B, T, D), weight (V, D), targets (B, T).
+    hidden (B, T, D), weight (V, D), targets (B, T); `weights` (B, T) say what each target counts (1 if not given).
     A chunk of positions at a time makes its logits, their loss and, at once and in the same place, their gradient, and of it
     those of hidden and weight: the memory is CHUNK_LOGITS numbers of the product's precision (on a GPU in float32 too) and the
     gradient of the weight, where the plain loss holds B * T * V numbers three times. (The idea of Liger Kernel's fused linear
     cross-entropy, Hsu et al. 2024.)
     """
     weight = weight if torch.is_grad_enabled() else weight.detach()  # whose gradient would be computed for nothing
-    return Loss(_HeadLoss.apply(hidden, weight, targets, logit_cap), (targets != IGNORE).sum())
+    supervised = targets != IGNORE
+    worth = supervised if weights is None else weights * supervised
+    return Loss(_HeadLoss.apply(hidden, weight, targets, logit_cap, worth), worth.sum())
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_cap: float | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_cap: float | None, worth: Tensor) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         rows = hidden.flatten(0, 1).to(dtype)  # (N, D)
         head = weight.to(dtype)
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         drows = torch.empty_like(rows) if wants_grad else None
-        dhead = torch.zeros_like(weight) if wants_grad else None
+        dhead = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # none beside adapters: the head is frozen
         total = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=hidden.device)
         size = max(1, CHUNK_LOGITS // weight.size(0))
         piece_size = max(1, PIECE_LOGITS // weight.size(0)) if kind == "cpu" else size
         with torch.autocast(kind, enabled=False):
-            for part, wanted in zip(range(0, len(rows), size), targets.flatten().split(size), strict=True):
+            wholes = (targets.flatten().split(size), worth.flatten().split(size))
+            for part, wanted, counts in zip(range(0, len(rows), size), *wholes, strict=True):
                 chunk = rows[part : part + size]  # (n, D)
                 logits = chunk @ head.mT  # (n, V)
-                for piece, piece_wanted in zip(logits.split(piece_size), wanted.split(piece_size), strict=True):
-                    total += _to_gradient(piece, piece_wanted, total.dtype, logit_cap, wants_grad)
-                if drows is not None and dhead is not None:
+                pieces = (some.split(piece_size) for some in (logits, wanted, counts))
+                for piece, piece_wanted, piece_counts in zip(*pieces, strict=True):
+                    total += _to_gradient(piece, piece_wanted, piece_counts, total.dtype, logit_cap, wants_grad)
+                if drows is not None:
                     drows[part : part + size] = logits @ head
+                if dhead is not None:
                     dhead += logits.mT @ chunk
-        if drows is not None and dhead is not None:
+        if drows is not None:
             ctx.save_for_backward(drows.view_as(hidden).to(hidden.dtype), dhead)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise NotImplementedError("`head_loss` has no second derivative; token_loss has")
         drows, dhead = ctx.saved_tensors
-        return drows * grad, dhead * grad, None, None
+        return drows * grad, None if dhead is None else dhead * grad, None, None, None
 
 
-def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype, logit_cap: float | None, wants_grad: bool) -> Tensor:
+def _to_gradient(
+    logits: Tensor, targets: Tensor, worth: Tensor, dtype: torch.dtype, logit_cap: float | None, wants_grad: bool
+) -> Tensor:
     """The loss of logits (n, V), summed in `dtype`; its gradient by the logits, before their cap, takes their place if wanted."""
-    supervised = targets != IGNORE  # (n,)
+    worth = worth.to(dtype)  # (n,): 0 where nothing is supervised
     index = targets.clamp(min=0).unsqueeze(1)  # (n, 1)
     scores = logits.to(dtype)  # (n, V): a copy, or the logits themselves
     slope = None
@@ -99,11 +108,11 @@ def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype, logit_cap:
     scores -= scores.amax(dim=1, keepdim=True)
     target_score = scores.gather(1, index).squeeze(1)  # (n,)
     norm = scores.exp_().sum(dim=1)  # (n,)
-    total = ((norm.log() - target_score) * supervised).sum()
+    total = ((norm.log() - target_score) * worth).sum()
     if not wants_grad:
         return total
-    scores.mul_((supervised / norm).unsqueeze(1))  # softmax, 0 where nothing is supervised
-    scores.scatter_add_(1, index, -supervised.to(dtype).unsqueeze(1))
+    scores.mul_((worth / norm).unsqueeze(1))  # softmax, 0 where nothing is supervised
+    scores.scatter_add_(1, index, -worth.unsqueeze(1))
     if slope is not None:
         scores *= slope
     if scores is not logits:
@@ -143,8 +152,15 @@ class Scored(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None, routes: Routes | None = None) -> Tensor:
-        """ids, targets, segments (B, T); a scalar, differentiable. Routers leave their logits in `routes`, if given.
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        segments: Tensor | None = None,
+        routes: Routes | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """ids, targets, segments, weights (B, T); a scalar, differentiable. Routers leave their logits in `routes`, if given.
 
         In training the gradient of a mixture of experts has the routers' losses in it, times the number of tokens; the value is
         the plain loss all the same.
@@ -153,7 +169,7 @@ class Scored(nn.Module):
         if routes is None and config.moe.experts and self.training:
             routes = Routes()
         hidden = self.model.hidden(ids, segments=segments, routes=routes)
-        loss = head_loss(hidden, self.model.head.weight, targets, config.logit_cap)
+        loss = head_loss(hidden, self.model.head.weight, targets, config.logit_cap, weights)
         if routes is None or not self.training:
             return loss.sum
         shared_out = routing(routes, config.moe.top_k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,15 +16,16 @@ from glassgpt.train import parallel
 from glassgpt.train.muon import Muon
 
 
-def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
-    """Optimisers that together hold every parameter once.
+def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
+    """Optimisers that together hold every trained parameter once, of a GPT or of a module that holds one as `model`.
 
     Matrices and embeddings decay; biases and norms do not (Radford et al. train so; Loshchilov & Hutter 2019 for the
     decoupled decay). With `muon`, the matrices inside the blocks take orthogonalised momentum steps (Jordan et al.
     2024), scaled to AdamW's step size (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4) so that one learning
     rate serves both.
     """
-    named = dict(model.named_parameters())
+    gpt = cast(GPT, model if isinstance(model, GPT) else model.model)
+    named = {name.removeprefix("model."): p for name, p in model.named_parameters() if p.requires_grad}
     blocks = {name for name, p in named.items() if name.startswith("blocks.") and p.ndim >= 2}
     hidden = {name for name in blocks if config.optimizer == "muon" and not name.endswith("router.weight")}
     embeddings = [p for name, p in named.items() if name not in blocks and p.ndim >= 2]
@@ -47,7 +49,7 @@ def build(model: GPT, config: OptimConfig) -> list[Optimizer]:
     if not hidden:
         return [adamw]
     stacked = {named[name] for name in hidden if name.endswith("attn.qkv.weight")}
-    maps = model.config.n_head // model.config.kv_heads + 2  # of equal size, one above the other: q (shared keys: several), k, v
+    maps = gpt.config.n_head // gpt.config.kv_heads + 2  # of equal size, one above the other: q (shared keys: several), k, v
     muon = Muon(
         [named[name] for name in sorted(hidden)],
         lr=config.learning_rate,

@@ -201,6 +201,15 @@ def synchronise(trained: nn.Module, on: bool) -> None:
         trained.set_requires_gradient_sync(on)
 
 
+def sum_gradients(module: nn.Module, ranks: Ranks) -> None:
+    """Add up the gradients of all ranks, in order of the parameters, for a model that lies whole on each of them."""
+    for parameter in module.parameters():
+        if ranks.world > 1 and parameter.requires_grad:
+            if parameter.grad is None:  # this rank's share had no use for it
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
 def reshard(trained: nn.Module) -> None:
     """After a forward pass without a backward one: FSDP would go on with the gathered weights of now."""
     if isinstance(trained, FSDPModule):

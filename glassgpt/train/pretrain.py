@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from torch import nn
 
 from glassgpt import data
 from glassgpt.config import DataConfig, ModelConfig, Pretrain, UserError
-from glassgpt.config.files import CONFIG_FILE, read_yaml, to_plain, write_yaml
+from glassgpt.config.files import CONFIG_FILE
 from glassgpt.config.generate import Sampling
 from glassgpt.data import Corpus
 from glassgpt.generation import complete
@@ -30,15 +27,12 @@ from glassgpt.train import checkpoint, guard, ledger, machine, optim, parallel
 from glassgpt.train.evaluate import expert_usage, measure
 from glassgpt.train.loss import Scored
 from glassgpt.train.parallel import Ranks
-from glassgpt.train.run import LOG_FILE, Log, Progress, Silent, Trackers, plot_loss
+from glassgpt.train.session import Session, joined, open_folder
 
 TOKENIZER_FILE = "tokenizer.json"
 SHARDS = "shards"
 SAMPLING = Sampling(temperature=0.8)
 SAMPLE_TOKENS = 48
-PLOT_SECONDS = 30.0
-MOST_SKIPPED = 100
-"""Steps in a row that `--bad_steps skip` leaves out before it gives up."""
 FIXED_ON_RESUME = (
     *("start", "model", "data", "optim", "max_steps", "batch_size", "accumulation_steps", "seed"),
     *("precision", "compile", "bad_steps", "spike_deviations"),
@@ -55,18 +49,12 @@ def pretrain(config: Pretrain) -> Path:
         from glassgpt.train.chaos import chaos
 
         return chaos(config)
-    with parallel.joined(config.parallel, config.device) as ranks:
-        try:
-            return _train(config, ranks)
-        except (RuntimeError, ConnectionError) as error:
-            if lost := _lost_rank(Path(config.out_dir), ranks, error):
-                raise lost from error
-            raise
+    with joined(Path(config.out_dir), config.parallel, config.device) as ranks:
+        return _train(config, ranks)
 
 
 def _train(config: Pretrain, ranks: Ranks) -> Path:
     run, device = Path(config.out_dir), ranks.device
-    machine.keep_freed_memory()
     config = ranks.first(lambda: open_run(run, config, device, ranks.data_world))
     if ranks.world > 1:
         ranks.first(lambda: prepare(run, config.data, config.model.vocab_size, config.start) and None)
@@ -76,9 +64,8 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     batch_size, accumulation_steps = parallel.share_batch(config.batch_size, config.accumulation_steps, ranks.data_world)
 
     torch.manual_seed(config.seed)
-    saved = complete_checkpoints(run)
     model = GPT(shape)
-    if config.start and not saved:
+    if config.start and not complete_checkpoints(run):
         checkpoint.put(model, load(config.start)[0])
     model.to(device)
     use_attention(model, machine.attend_by(device))
@@ -98,30 +85,29 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     step_flops = training_flops(shape, shape.context_tokens) * step_tokens
     peak = machine.peak_flops(device, config.precision) * (ranks.world if device.type == "cuda" else 1)
 
-    step = checkpoint.restore(saved[-1], model, optimizers) if saved else 0
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(guard.Stop(has_mates=ranks.world > 1))
-        log = stack.enter_context(contextlib.closing(Log(run, step, writes=ranks.is_first)))
-        tracked = config.track if ranks.is_first else ()
-        trackers = stack.enter_context(contextlib.closing(Trackers(tracked, run, to_plain(config))))
-        progress = stack.enter_context(Progress(run.name, config.max_steps, step) if ranks.is_first else Silent())
-        spikes = guard.Spikes(config.spike_deviations, [entry["loss"] for entry in log.before])
-        progress.say(
+    with Session(
+        "pretrain",
+        config,
+        ranks,
+        model,
+        tokenizer,
+        optimizers,
+        config.max_steps,
+        skip_bad=config.bad_steps == "skip",
+        sums_gradients=False,  # what `spread` gives does it during the backward pass
+        saved_as={"sharded": config.parallel.sharded_checkpoints},
+    ) as session:
+        session.say(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks.world} x {device}, {config.precision}"
             f"{', compiled' if compiled else ''}; {corpus.count('train'):,} training tokens, {corpus.count('val'):,} held out;"
             f" {step_tokens:,} tokens a step"
         )
-        if config.start and step == 0:
+        if config.start and session.step == 0:
             before = {name: measure(trained, batches, byte_lengths, low_precision, ranks) for name, batches in held_out.items()}
             stage = Path(config.start.rstrip("/")).name
             ranks.first(lambda: ledger.write(run, ledger.add(ledger.read(run), stage, before)))
-        plotted, left_out = 0.0, 0
-        entry: dict[str, Any] = log.before[-1] if log.before else {}  # of a run that is finished already
-        while step < config.max_steps:
-            began = time.perf_counter()
-            torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + ranks.data_rank)  # dropout follows from step and rank
-            rate = optim.learning_rate(step, config.max_steps, config.optim)
-            optim.set_rate(optimizers, rate)
+        entry: dict[str, Any] = session.log.before[-1] if session.log.before else {}  # of a run that is finished already
+        for step in session.steps():
             batches = [stream.batch(step, micro, ranks.data_rank) for micro in range(accumulation_steps)]
             count = sum(batch.count for batch in batches) * ranks.data_world
             losses = []
@@ -132,87 +118,38 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
                     loss = trained(batch.ids.to(device), batch.targets.to(device), segments)
                 (loss * (ranks.data_world / count)).backward()  # the exchange of gradients takes their mean
                 losses.append(loss.detach())
-            nats, stopping = ranks.total([sum(loss.item() for loss in losses), float(stop.signal is not None)])
-            total = nats / count
-            norm = optim.clip(model, config.optim.grad_clip)
-            is_finite = math.isfinite(total) and math.isfinite(norm)
-            is_spike = spikes.sees(total)
-            if not is_finite or is_spike:
-                told = _tell(trained, batches, stream.places, step, corpus, tokenizer, low_precision, ranks)
-                what = f"a spike: typical is {spikes.typical()[0]:.4f}" if is_finite else "not finite"
-                progress.say(f"step {step + 1}: loss {total:.4f}, gradient norm {norm:.4g}: {what}. The worst row: {told}")
-            if not is_finite and config.bad_steps == "stop":
-                # the weights of a checkpoint written by the step before are the ones that have just failed
-                good = [folder for folder in saved if folder.name != f"step-{step:06d}"] if not math.isfinite(total) else saved
-                raise ranks.error(
-                    f"step {step + 1}: loss {total}, gradient norm {norm}: training has diverged; this step was not applied."
-                    f" Last good checkpoint: {good[-1] if good else 'none'}"
-                    f" (try a lower optim.learning_rate, now {config.optim.learning_rate}, or --bad_steps skip)"
-                )
-            skipped = config.bad_steps == "skip" and (not is_finite or is_spike)
-            left_out = left_out + 1 if skipped else 0
-            if left_out > MOST_SKIPPED:
-                raise ranks.error(
-                    f"step {step + 1}: the last {left_out} steps were all left out, so nothing is learned any more. Last complete"
-                    f" checkpoint: {saved[-1] if saved else 'none'} (try a lower optim.learning_rate, now"
-                    f" {config.optim.learning_rate}, or --spike_deviations 0)"
-                )
-            for optimizer in optimizers:
-                if not skipped:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step += 1
-
-            seconds = time.perf_counter() - began
-            entry = {"step": step, "loss": total, "grad_norm": norm, "lr": rate, "tokens": count}
-            entry |= {"seconds": round(seconds, 4), "mfu": round(step_flops / seconds / peak, 4)}
-            entry |= {name: True for name, true in (("spike", is_spike), ("skipped", skipped)) if true}
-            last = step == config.max_steps
-            if last or (config.eval_interval and step % config.eval_interval == 0):
-                entry |= _validate(trained, held_out, corpus, config, byte_lengths, low_precision, ranks, whole=last)
+            total = session.update(
+                sum(loss.item() for loss in losses),
+                count,
+                lambda step=step, batches=batches: _tell(  # type: ignore[misc]
+                    trained, batches, stream.places, step, corpus, tokenizer, low_precision, ranks
+                ),
+            )
+            entry = session.entry(total, count)
+            entry["mfu"] = round(step_flops / entry["seconds"] / peak, 4)
+            if session.is_due(config.eval_interval):
+                whole = step + 1 == config.max_steps
+                entry |= _validate(trained, held_out, corpus, config, byte_lengths, low_precision, ranks, whole=whole)
                 said = f"held-out loss {entry['val_loss']:.4f}, {entry['val_bits_per_byte']:.4f} bits per byte"
                 parts = ", ".join(f"{name} {value['loss']:.4f}" for name, value in entry.get("domains", {}).items())
-                progress.say(f"step {step}: {said}{f' ({parts})' if parts else ''}")
+                session.say(f"step {step + 1}: {said}{f' ({parts})' if parts else ''}")
                 if shape.moe.experts:
                     entry["expert_usage"] = usage = expert_usage(trained, batches[0], shape.moe.top_k, ranks)
                     busiest, idlest = max(map(max, usage)), min(map(min, usage))
-                    progress.say(
+                    session.say(
                         f"  experts: {idlest:.0%} to {busiest:.0%} of a layer's choices (even: {1 / shape.moe.experts:.0%})"
                     )
-            if last or (config.sample_interval and step % config.sample_interval == 0):
+            if session.is_due(config.sample_interval):
                 entry["sample"] = sample(model, tokenizer, config, ranks)
-                progress.show_sample(step, f"{config.sample_prompt}{entry['sample']}")
-            log.write(entry)
-            trackers.send(entry)
-            progress.update(step, total, count / seconds, entry["mfu"], machine.memory_bytes(device))
-            if last or stopping or (config.save_interval and step % config.save_interval == 0):
-                facts = {key: value for key, value in entry.items() if key.startswith("val_")}
-                sharded = config.parallel.sharded_checkpoints
-                saved.append(checkpoint.save(run, step, model, optimizers, tokenizer, facts, ranks, sharded=sharded))
-                if ranks.is_first:
-                    checkpoint.prune(run, config.keep_checkpoints)
-                if ranks.is_first and (last or stopping or time.perf_counter() - plotted > PLOT_SECONDS):
-                    plot_loss(run)
-                    plotted = time.perf_counter()
-            if stopping and not last:
-                progress.say(f"stopped after step {step}, which is saved; continue with\n  {resume_command(run, ranks.world)}")
-                if stop.signal == signal.SIGINT:
-                    raise KeyboardInterrupt
-                return run
-        if ranks.is_first:
+                session.progress.show_sample(step + 1, f"{config.sample_prompt}{entry['sample']}")
+            session.finish(entry, f"{count / entry['seconds']:,.0f} tokens/s  MFU {entry['mfu']:.0%}")
+        if ranks.is_first and session.step == config.max_steps:
             rows = ledger.add(ledger.read(run) if config.start else [], run.name, _domains(entry, corpus))
             ledger.write(run, rows)
             if config.start:
                 ledger.plot(run, rows)
-                progress.show(ledger.table(rows))
+                session.progress.show(ledger.table(rows))
     return run
-
-
-def resume_command(run: Path, world: int = 1) -> str:
-    """What continues a run, on as many processes; on several hosts `torchrun` needs what it was given there too."""
-    here = os.environ.get("LOCAL_WORLD_SIZE", world)
-    start = "glassgpt" if world == 1 else f"torchrun --nproc-per-node {here} -m glassgpt"
-    return f"{start} pretrain --resume --out_dir {run}"
 
 
 def _validate(
@@ -292,62 +229,23 @@ def _tell(
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def _lost_rank(run: Path, ranks: Ranks, error: Exception) -> UserError | None:
-    """What the ranks that are left say: who is gone, and where to go on from. Only the first of them says it aloud.
-
-    None when the error is this rank's own.
-    """
-    if ranks.world == 1 or getattr(error, "own", False):
-        return None
-    gone = ranks.gone()
-    for _ in range(20 * (not gone)):
-        time.sleep(0.1)
-        gone = ranks.gone()
-    if not gone and "onnection" not in str(error):
-        return None
-    names = ", ".join(f"rank {rank} (host {ranks.processes[rank][0]}, process {ranks.processes[rank][1]})" for rank in gone)
-    saved = complete_checkpoints(run)
-    told = UserError(
-        f"{names or 'a rank on another host'} has ended, so this job cannot go on. Last complete checkpoint:"
-        f" {saved[-1] if saved else 'none'}; continue with the same command and --resume, or start torchrun with --max-restarts"
-    )
-    is_first_left = ranks.rank == min(rank for rank in ranks.processes if rank not in gone)
-    return told if is_first_left else parallel.QuietError(str(told))
-
-
 def open_run(run: Path, config: Pretrain, device: torch.device, world: int = 1) -> Pretrain:
     """Make the run folder and write the resolved configuration, or check that a resumed one asks for the same run.
 
     Returns the configuration with nothing left to choose: shape, precision, compilation. `world` ranks share the data.
     """
-    path = run / CONFIG_FILE
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and path.exists()  # by torchrun, after a rank ended
-    if config.resume and not path.exists():
-        raise UserError(f"nothing to resume: {run} holds no run (no {path})")
-    if config.resume or restarted:
-        before = read_yaml(path, Pretrain)
-        for name in FIXED_ON_RESUME:
-            asked, was = getattr(config, name), getattr(before, name)
-            if asked != was and asked != "auto" and not (name == "model" and config.start):
-                raise UserError(
-                    f"{run} was started with {name} = {was}; resuming asks for {asked}."
-                    " Leave it as it was, or start a new run in another out_dir"
-                )
-        return dataclasses.replace(config, model=before.model, precision=before.precision, compile=before.compile)
-    if path.exists() and (run / LOG_FILE).exists():
-        raise UserError(f"{run} holds a run already; continue it with --resume, or choose another out_dir")
-    if not path.exists() and run.exists() and any(run.iterdir()):
-        raise UserError(f"{run} is not empty and holds no run; choose another out_dir")
-    resolved = _resolve(config, device, world)
-    if path.exists():  # a start that failed before its first step: what it prepared may be of other sources
-        (run / TOKENIZER_FILE).unlink(missing_ok=True)
-        shutil.rmtree(run / SHARDS, ignore_errors=True)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_yaml(path, resolved)
-    except OSError as error:
-        raise UserError(f"cannot make the run folder {run}: {error.strerror}") from error
-    return resolved
+
+    def resolve(before: Pretrain | None) -> Pretrain:
+        if before is not None:
+            return dataclasses.replace(config, model=before.model, precision=before.precision, compile=before.compile)
+        resolved = _resolve(config, device, world)
+        if (run / CONFIG_FILE).exists():  # a start that failed before its first step: what it prepared may be of other sources
+            (run / TOKENIZER_FILE).unlink(missing_ok=True)
+            shutil.rmtree(run / SHARDS, ignore_errors=True)
+        return resolved
+
+    fixed = tuple(name for name in FIXED_ON_RESUME if not (name == "model" and config.start))
+    return open_folder(run, config, fixed, resolve)
 
 
 def _resolve(config: Pretrain, device: torch.device, world: int) -> Pretrain:

@@ -90,12 +90,11 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, mfu: float, memory_bytes: int) -> None:
+    def update(self, step: int, loss: float, speed: str, memory_bytes: int) -> None:
         """`step` steps are done."""
         smoothed = self._mean.add(loss)
         self._curve.append(smoothed)
-        speed = f"{tokens_per_second:,.0f} tokens/s  MFU {mfu:.0%}  {memory_bytes / 1e9:.2f} GB"
-        text = f"loss {loss:.4f} (mean {smoothed:.4f})  {speed}"
+        text = f"loss {loss:.4f} (mean {smoothed:.4f})  {speed}  {memory_bytes / 1e9:.2f} GB"
         now = time.perf_counter()
         if self._live:
             self._bar.update(self._task, completed=step)

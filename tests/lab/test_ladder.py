@@ -310,7 +310,7 @@ def test_a_cache_is_read_as_the_engine_fills_it() -> None:
 @pytest.fixture(autouse=True)
 def no_loss_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture a run takes longer than the run, and is tested elsewhere."""
-    monkeypatch.setattr("glassgpt.train.pretrain.plot_loss", lambda run: [])
+    monkeypatch.setattr("glassgpt.train.session.plot_loss", lambda run: [])
     monkeypatch.setattr("glassgpt.lab.ladder_speed.TURN_SECONDS", 0.05)
 
 
@@ -328,7 +328,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, source: str) -> tuple[Ladder,
     """A miniature ladder of three rungs above the base, climbed once."""
     config = Ladder(out_dir=str(tmp_path_factory.mktemp("ladder") / "out"), sources=(source,), **SMALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("glassgpt.train.pretrain.plot_loss", lambda run: [])
+        patch.setattr("glassgpt.train.session.plot_loss", lambda run: [])
         return config, lab.ladder(config)
 
 

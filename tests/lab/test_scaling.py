@@ -235,7 +235,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scaling, lab.Result]
     config = Scaling(out_dir=str(folder / "out"), sources=(str(folder / "text.txt"),), **SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lab, "fit", lambda *args, **options: fit(*args, **options | {"resamples": 12}))
-        patch.setattr("glassgpt.train.pretrain.plot_loss", lambda run: [])  # half the time, and tested elsewhere
+        patch.setattr("glassgpt.train.session.plot_loss", lambda run: [])  # half the time, and tested elsewhere
         return config, scaling(config)
 
 
@@ -293,7 +293,7 @@ def test_a_second_call_trains_nothing_and_a_broken_off_one_goes_on(
         return dataclasses.replace(result, config=asked, runs=tuple(runs))
 
     monkeypatch.setattr(lab, "analyse", analysed)
-    monkeypatch.setattr("glassgpt.train.pretrain.plot_loss", lambda run: [])
+    monkeypatch.setattr("glassgpt.train.session.plot_loss", lambda run: [])
     again = scaling(config)
     assert trained == []
     printed = capsys.readouterr()

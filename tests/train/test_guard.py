@@ -30,11 +30,12 @@ from glassgpt.data import Place, corpus
 from glassgpt.loading import complete_checkpoints
 from glassgpt.text import Tokenizer
 from glassgpt.train import guard
-from glassgpt.train import pretrain as pretraining
+from glassgpt.train import session as sessions
 from glassgpt.train.guard import Spikes, Stop
 from glassgpt.train.loss import Scored
-from glassgpt.train.pretrain import pretrain, resume_command
+from glassgpt.train.pretrain import pretrain
 from glassgpt.train.run import read_log
+from glassgpt.train.session import resume_command
 
 settings = functools.partial(
     small.settings, optim=OptimConfig(learning_rate=0.003, warmup_steps=4), max_steps=30, save_interval=10
@@ -178,16 +179,16 @@ def test_a_spike_is_told_of_and_left_out_only_when_asked(
 
 
 def test_skipping_without_end_stops(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretraining, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(sessions, "MOST_SKIPPED", 3)
     monkeypatch.setattr(Scored, "forward", lambda self, *_: next(self.parameters()).sum() * math.nan)
     with pytest.raises(UserError, match=r"step 4: the last 4 steps were all left out.*Last complete checkpoint: none"):
         pretrain(settings(tmp_path / "run", text, bad_steps="skip"))
 
 
 def test_the_command_that_continues(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resume_command(Path("r")) == "glassgpt pretrain --resume --out_dir r"
+    assert resume_command("pretrain", Path("r")) == "glassgpt pretrain --resume --out_dir r"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert resume_command(Path("r"), 8) == "torchrun --nproc-per-node 4 -m glassgpt pretrain --resume --out_dir r"
+    assert resume_command("pretrain", Path("r"), 8) == "torchrun --nproc-per-node 4 -m glassgpt pretrain --resume --out_dir r"
 
 
 def test_a_report_changes_nothing(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,12 +285,12 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     (saved,) = complete_checkpoints(run)
     step = read_log(run)[-1]["step"]
     assert saved.name == f"step-{step:06d}" and 20 <= step < 200
-    assert f"stopped after step {step}, which is saved; continue with\n  {resume_command(run)}\n" in said
+    assert f"stopped after step {step}, which is saved; continue with\n  {resume_command('pretrain', run)}\n" in said
     assert "Traceback" not in said
     assert (run / "loss.svg").exists()
     from glassgpt.cli import main
 
-    assert main([*resume_command(run).split()[1:], "--compile", "off"]) == 0
+    assert main([*resume_command("pretrain", run).split()[1:], "--compile", "off"]) == 0
     assert [entry["step"] for entry in read_log(run)] == list(range(1, 201))
     assert identical(run, calm)
 
