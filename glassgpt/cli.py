@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import io
 import os
 import sys
@@ -31,7 +32,14 @@ COMMANDS = {
     "info": Command("what a model is made of: parameters, QKV, memory", "config.info:Info", "interpret.info:info"),
     "plan": Command("what training takes: operations, memory, time, cost", "config.plan:Plan", "lab.plan:plan"),
     "generate": Command("continue prompts", "config.generate:Generate", "generation.writer:generate"),
+    "chat": Command("talk with a model, turn by turn", "config.chat:Chat", "generation.chat:chat"),
     "pretrain": Command("train a model on text", "config.pretrain:Pretrain", "train.pretrain:pretrain"),
+    "sft": Command("teach a model to answer: supervised fine-tuning", "config.tuning:Sft", "tuning.sft:sft"),
+    "reward": Command("train a reward model on pairs of answers", "config.tuning:Reward", "tuning.reward:reward"),
+    "dpo": Command("prefer better answers: DPO, IPO, KTO", "config.tuning:Dpo", "tuning.dpo:dpo"),
+    "ppo": Command("reinforcement learning with a value head", "config.tuning:Ppo", "tuning.ppo:ppo"),
+    "grpo": Command("reinforcement learning by comparing answers", "config.tuning:Grpo", "tuning.grpo:grpo"),
+    "data inspect": Command("what a model would learn from a file", "config.tuning:Inspect", "tuning.inspect:inspect"),
     "runs": Command("list and compare training runs", "config.runs:Runs", "train.runs:runs"),
     "evaluate": Command("bits per byte of a model on text", "config.evaluate:Evaluate", "train.evaluate:evaluate"),
     "download": Command("fetch a model from the Hugging Face hub", "config.hub:Download", "loading:download"),
@@ -131,7 +139,7 @@ def parse(verb: str, arguments: list[str]) -> Any:
 
 
 def _description(kind: type) -> str:
-    lines = [(kind.__doc__ or "").strip(), "--config FILE.yaml reads options from a file; flags override it."]
+    lines = [inspect.cleandoc(kind.__doc__ or ""), "--config FILE.yaml reads options from a file; flags override it."]
     if any(_holds_model(field) for field in dataclasses.fields(kind)):
         lines.append("--model PRESET starts from a named shape (`nano`, `gpt2`, ...); --model.FIELD changes one field of it.")
     return "\n".join(lines)

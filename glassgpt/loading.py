@@ -12,8 +12,9 @@ import torch
 from glassgpt.config import PRESETS, ModelConfig, UserError, nearest
 from glassgpt.config.errors import first_line
 from glassgpt.config.hub import Download
-from glassgpt.model import GPT, weights
+from glassgpt.model import GPT, lora, weights
 from glassgpt.text import Tokenizer
+from glassgpt.text.tokenizer import VOCABULARY_FILES
 
 ASSETS = Path(__file__).parent / "assets"
 COMPLETE_FILE = "complete.json"  # written last into a checkpoint, with the size of every other file
@@ -34,24 +35,46 @@ class Found(NamedTuple):
 
     folder: Path
     is_hf: bool
+    base: Found | None = None
+    """The model that an adapter, which is all that its folder holds, stands upon."""
+
+    def stored(self) -> Found:
+        """Where the weights are: here, or where the lowest base has them."""
+        return self if self.base is None else self.base.stored()
 
     def config(self) -> ModelConfig:
-        return weights.read_hf_config(self.folder) if self.is_hf else weights.read_config(self.folder)
+        there = self.stored()
+        return weights.read_hf_config(there.folder) if there.is_hf else weights.read_config(there.folder)
 
-    def model(self) -> GPT:
-        return weights.load_hf(self.folder) if self.is_hf else weights.load(self.folder)
+    def model(self, dtype: torch.dtype | None = None, merge: bool = True) -> GPT:
+        """The network in `dtype` (None: as stored); an adapter is added to the weights, unless `merge` is False."""
+        if self.base is None:
+            return (weights.load_hf(self.folder) if self.is_hf else weights.load(self.folder)).to(dtype)
+        model = lora.load_adapter(self.base.model(dtype), self.folder)
+        return lora.merge(model) if merge else model
+
+    def tokenizer(self) -> Tokenizer:
+        """An adapter's is its base's, unless it brings one."""
+        names = ("tokenizer.json", *(vocabulary for vocabulary, _ in VOCABULARY_FILES))
+        if self.base is not None and not any((self.folder / name).is_file() for name in names):
+            return self.base.tokenizer()
+        return Tokenizer.load(self.folder)
 
 
-def load(name: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = torch.float32) -> tuple[GPT, Tokenizer]:
+def load(
+    name: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = torch.float32, merge: bool = True
+) -> tuple[GPT, Tokenizer]:
     """`model, tokenizer = load(name)`; `model(ids)` gives logits (B, T, V).
 
-    `name` is a bundled model, a run folder (its newest complete checkpoint), a folder of ours or of Hugging Face's, or
-    a hub id that `glassgpt download` has fetched. Nothing is downloaded here. Weights are converted to `dtype` (None
-    keeps the stored one); the model is in evaluation mode. Raises UserError saying what was looked for and where.
+    `name` is a bundled model, a run folder (its newest complete checkpoint), a folder of ours or of Hugging Face's, a hub
+    id that `glassgpt download` has fetched, or the folder of an adapter, ours or `peft`'s, upon any of these. Nothing is
+    downloaded here. Weights are converted to `dtype` (None keeps the stored one); the model is in evaluation mode. An
+    adapter is added to the weights; with `merge=False` it stays beside them (`glassgpt.model.lora`). Raises UserError
+    saying what was looked for and where.
     """
     found = find(name)
-    model = found.model().to(pick_device(device), dtype).eval()
-    tokenizer = Tokenizer.load(found.folder)
+    model = found.model(dtype, merge).to(pick_device(device), dtype).eval()
+    tokenizer = found.tokenizer()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{found.folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}:"
@@ -67,9 +90,14 @@ def bundled() -> list[str]:
 
 def find(name: str | Path) -> Found:
     """Where the model called `name` is. Raises UserError when it is nowhere."""
+    return _find(name, ())
+
+
+def _find(name: str | Path, above: tuple[Path, ...]) -> Found:
+    """`above` are the adapters that stand upon it, one upon the other."""
     path = Path(os.path.expanduser(name))  # leaves an unknown ~user alone
     if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that no file can have
-        return _in_folder(path)
+        return _in_folder(path, above)
     if os.path.exists(path):
         raise UserError(f"{path} is a file; give the folder that holds the model")
     if str(name) in bundled():
@@ -80,23 +108,43 @@ def find(name: str | Path) -> Found:
 def find_config(name: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     """Configuration of a model, and the dtype of each stored parameter by our names; only headers are read."""
     found = find(name)
-    config = found.config()
-    return config, weights.stored_dtypes(config, found.folder, found.is_hf)
+    config, there = found.config(), found.stored()
+    return config, weights.stored_dtypes(config, there.folder, there.is_hf)
 
 
-def _in_folder(path: Path) -> Found:
+def _in_folder(path: Path, above: tuple[Path, ...] = ()) -> Found:
+    if (path / lora.ADAPTER_CONFIG_FILE).is_file():
+        return Found(path, is_hf=False, base=_base(path, above))
     if (path / weights.CONFIG_FILE).is_file():
         return Found(path, is_hf=False)
     if (path / weights.HF_CONFIG_FILE).is_file():
         return Found(path, is_hf=True)
     if (path / "checkpoints").is_dir():
         if checkpoints := complete_checkpoints(path):
-            return Found(checkpoints[-1], is_hf=False)
+            last = checkpoints[-1]
+            is_adapter = (last / lora.ADAPTER_CONFIG_FILE).is_file()
+            return Found(last, is_hf=False, base=_base(last, above) if is_adapter else None)
         raise UserError(f"{path}: this run has no complete checkpoint yet")
     raise UserError(
         f"{path}: no model in this folder; looked for {weights.CONFIG_FILE} (ours), {weights.HF_CONFIG_FILE}"
-        " (Hugging Face), checkpoints/step-* (a run)"
+        f" (Hugging Face), {lora.ADAPTER_CONFIG_FILE} (an adapter), checkpoints/step-* (a run)"
     )
+
+
+def _base(adapter: Path, above: tuple[Path, ...]) -> Found:
+    """What an adapter stands upon: a folder beside which it lies, or anything that `find` finds."""
+    path, name = adapter / lora.ADAPTER_CONFIG_FILE, lora.read_settings(adapter).base_model_name_or_path
+    if not name.strip():
+        raise UserError(
+            f"{path}: base_model_name_or_path is empty; write there the name or folder of the model below the adapter"
+        )
+    if adapter.resolve() in above:
+        raise UserError(f"{path}: base_model_name_or_path leads back to this adapter; write there the model that it was made for")
+    beside = adapter / os.path.expanduser(name)  # an absolute one is itself
+    try:
+        return _find(beside if os.path.isdir(beside) else name, (*above, adapter.resolve()))
+    except UserError as error:
+        raise UserError(f"{path} names the base {name!r}: {error}") from error
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

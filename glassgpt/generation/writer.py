@@ -65,7 +65,7 @@ class StopText:
         return held
 
 
-class _Row:
+class Row:
     """One text being written."""
 
     def __init__(self, stops: Sequence[str], show: Callable[[str], None]) -> None:
@@ -125,7 +125,7 @@ def complete(
     encoded = [engine.fit(tokenizer.encode_start(prompt), context, keep) for prompt in prompts]
     ids = [row for row in encoded for _ in range(n)]
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + row % n) % 2**63) for row in range(len(ids))]
-    rows = [_Row(stop, lambda piece, row=row: show(row, piece)) for row in range(len(ids))]  # type: ignore[misc]
+    rows = [Row(stop, lambda piece, row=row: show(row, piece)) for row in range(len(ids))]  # type: ignore[misc]
 
     def ends(token: Token) -> bool:
         is_end = token.id == tokenizer.end_id and not ignore_end

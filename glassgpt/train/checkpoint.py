@@ -19,7 +19,7 @@ from glassgpt.config import UserError
 from glassgpt.config.errors import first_line
 from glassgpt.config.files import complete_folder
 from glassgpt.loading import COMPLETE_FILE, complete_checkpoints
-from glassgpt.model import GPT, weights
+from glassgpt.model import GPT, lora, weights
 from glassgpt.text import Tokenizer
 from glassgpt.train import optim, parallel
 from glassgpt.train.parallel import Ranks
@@ -69,8 +69,6 @@ def save(
                 if base is None:
                     weights.save(model, aside, tensors=own)
                 else:
-                    from glassgpt.model import lora
-
                     lora.save_adapter(model, aside, base)
                 if head is not None:
                     tensors = {name: p.detach().cpu() for name, p in head.named_parameters()}
@@ -138,9 +136,7 @@ def restore(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> int
         if (folder / weights.SHARDED).is_dir():
             _read_parts(folder, model, optimizers)
             return step
-        if (folder / "adapter_config.json").is_file():
-            from glassgpt.model import lora
-
+        if (folder / lora.ADAPTER_FILE).is_file():
             lora.load_adapter(model, folder)
         else:
             put(model, weights.load(folder))

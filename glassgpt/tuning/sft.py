@@ -1,0 +1,117 @@
+"""Supervised fine-tuning: conversations in, a model that answers out. One flat function, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from glassgpt.config import ParallelConfig
+from glassgpt.config.tuning import Sft
+from glassgpt.model import GPT
+from glassgpt.text import Tokenizer
+from glassgpt.train import machine, optim, parallel
+from glassgpt.train.loss import Scored
+from glassgpt.train.parallel import Ranks
+from glassgpt.train.session import Session, joined
+from glassgpt.tuning import examples, rollout, stage
+from glassgpt.tuning.examples import Example, Order, Rows, collate
+
+SAMPLE_TOKENS = 64
+
+
+def sft(config: Sft) -> Path:
+    """Teach a model to answer; returns the run folder. Under `torchrun` every process calls it.
+
+    Raises UserError for data that cannot be learnt from, a folder that holds another run, and a loss that is not finite.
+    """
+    with joined(Path(config.out_dir), ParallelConfig(), config.device) as ranks:
+        return _train(config, ranks)
+
+
+def _train(config: Sft, ranks: Ranks) -> Path:
+    config = stage.opened(config, ranks)
+    model, tokenizer = stage.start(config, ranks)
+    learnt, held_out = stage.read(config.data, config.seed)
+    longest, ends = stage.longest(config.data, model), examples.end_ids(tokenizer, config.data.template)
+    audit, held = (
+        examples.fit(examples.conversations(some, tokenizer, config.data.template), longest, config.data.overlong, ends)
+        for some in (learnt, held_out)
+    )
+    lengths = tuple(len(example.ids) for example in audit.examples)
+    order = Order(lengths, config.seed, longest if config.pack else None)
+    size, micro_batches = parallel.share_batch(config.batch_size, config.accumulation_steps, ranks.world)
+    scored, optimizers = Scored(model), optim.build(model, config.optim)
+    low_precision = machine.autocast(ranks.device, config.precision)
+
+    total_steps = stage.steps(config, order.rows_per_epoch())
+    with Session("sft", config, ranks, model, tokenizer, optimizers, total_steps, saved_as=stage.saved_as(config)) as session:
+        session.say(stage.banner(config, model, ranks))
+        for line in stage.told(audit):
+            session.say(line)
+        if session.step == 0:
+            loss = measure(scored, held.examples, config.batch_size, ranks)
+            session.say(f"before: held-out loss {loss:.4f} nats per token of the responses ({len(held.examples)} examples)")
+        for step in session.steps():
+            batches = []
+            for micro in range(micro_batches):
+                rows = order.share(step, micro, ranks.rank, size, micro_batches, ranks.world)
+                chosen = [[audit.examples[index] for index in row] for row in rows]
+                batches.append(collate(chosen, config.prompt_weight, config.average).to(ranks.device))
+            count = ranks.total([sum(batch.count for batch in batches)])[0]
+            nats = 0.0
+            for batch in batches:
+                with low_precision:
+                    loss = scored(batch.ids, batch.targets, batch.segments, weights=batch.weights)
+                (loss / count).backward()
+                nats += loss.item()
+            total = session.update(nats, count, lambda batches=batches: worst(scored, batches, ranks))  # type: ignore[misc]
+            entry = session.entry(total, count)
+            if session.is_due(config.eval_interval):
+                entry["val_loss"] = measure(scored, held.examples, config.batch_size, ranks)
+                session.say(f"step {step + 1}: held-out loss {entry['val_loss']:.4f} nats per token of the responses")
+                entry["sample"] = ranks.first(lambda: sample(model, held.examples[0], ends, config.seed, tokenizer))
+                session.progress.show_sample(step + 1, entry["sample"])
+            session.finish(entry, f"{sum(batch.ids.numel() for batch in batches) * ranks.world / entry['seconds']:,.0f} tokens/s")
+    return Path(config.out_dir)
+
+
+@torch.no_grad()
+def measure(scored: nn.Module, held_out: list[Example], batch_size: int, ranks: Ranks) -> float:
+    """Mean loss per token of the responses, in nats, whatever is trained on: shared out over the ranks."""
+    was_training = scored.training
+    scored.eval()
+    nats = count = 0.0
+    for start in range(ranks.rank * batch_size, len(held_out), ranks.world * batch_size):
+        batch = collate([[example] for example in held_out[start : start + batch_size]]).to(ranks.device)
+        nats += scored(batch.ids, batch.targets, batch.segments, weights=batch.weights).item()
+        count += batch.count
+    scored.train(was_training)
+    nats, count = ranks.total([nats, count])
+    return nats / count
+
+
+@torch.no_grad()
+def worst(scored: nn.Module, batches: list[Rows], ranks: Ranks) -> str:
+    """The row of a step with the highest loss per token, over all ranks: where it stands."""
+    scored.eval()
+    found = []
+    for batch in batches:
+        for row, place in enumerate(batch.places):
+            parts = (None if x is None else x[row : row + 1] for x in (batch.ids, batch.targets, batch.segments))
+            loss = scored(*parts, weights=batch.weights[row : row + 1]).item() / max(float(batch.weights[row].sum()), 1e-30)
+            found.append((math.inf if math.isnan(loss) else loss, place))
+    scored.train()
+    loss, place = max(max(some) for some in ranks.gather(found))
+    return f"{place} ({loss:.2f} nats a token)"
+
+
+def sample(model: GPT, example: Example, ends: list[int], seed: int, tokenizer: Tokenizer) -> str:
+    """The model's likeliest answer to the instruction of a held-out example."""
+    prompt = example.ids[: example.mask.index(True)]
+    (answer,) = rollout.write(
+        model, [prompt], ends, [seed], max_new_tokens=SAMPLE_TOKENS, n_ids=tokenizer.vocab_size, temperature=0
+    )
+    return tokenizer.decode(answer.ids if answer.ids[-1] not in ends else answer.ids[:-1])

@@ -1,0 +1,174 @@
+"""How every stage after pretraining begins: its folder, its model with or without adapters, its examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from glassgpt.config import UserError
+from glassgpt.config.tuning import RecordsConfig, Tuning
+from glassgpt.data import records as reading
+from glassgpt.data.records import Record
+from glassgpt.loading import find, load
+from glassgpt.model import GPT, lora, use_attention
+from glassgpt.text import Tokenizer, chat
+from glassgpt.train import machine
+from glassgpt.train.parallel import Ranks
+from glassgpt.train.session import open_folder, without
+from glassgpt.tuning import examples
+from glassgpt.tuning.examples import Audit, Judged, Pair
+
+FREE_ON_RESUME = (
+    *("out_dir", "resume", "eval_interval", "save_interval", "keep_checkpoints", "sample_interval"),
+    *("device", "spike_deviations", "track", "reward_seconds"),
+)
+
+Config = TypeVar("Config", bound=Tuning)
+
+
+def opened(config: Config, ranks: Ranks) -> Config:
+    """Make the run folder, or check that a resumed run asks for the same; returns the configuration with nothing left open."""
+    settled = dataclasses.replace(config, start=_settled(config.start))
+    return ranks.first(
+        lambda: open_folder(Path(config.out_dir), settled, without(config, *FREE_ON_RESUME), lambda before: settled)
+    )
+
+
+def _settled(name: str) -> str:
+    """A name that stays the same model: of a run, the checkpoint that is its newest now; of a folder, from any directory."""
+    folder = find(name).folder
+    return str(folder.resolve()) if Path(name).expanduser().is_dir() else name
+
+
+def start(config: Tuning, ranks: Ranks) -> tuple[GPT, Tokenizer]:
+    """The model to be trained, on its device and in training mode, and its tokenizer with the template of its chats.
+
+    With `lora.rank` its own weights are frozen, and adapters stand beside them.
+    """
+    model, tokenizer = load(config.start, device=str(ranks.device))
+    if config.precision == "fp64":
+        model.double()
+    tokenizer = tokenizer.with_template(chat.template_of(tokenizer) if config.data.template == "chat" else None)
+    if config.lora.rank:
+        lora.add(model, config.lora, config.seed)
+    use_attention(model, machine.attend_by(ranks.device))
+    if config.checkpoint_activations:
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return model.train(), tokenizer
+
+
+def reference(config: Tuning, model: GPT) -> GPT | None:
+    """The starting model as it stays, without gradients; None when it is the trained one with its adapters off."""
+    if config.lora.rank:
+        return None
+    own, _ = load(config.start, device=str(next(model.parameters()).device))
+    own.to(next(model.parameters()).dtype).requires_grad_(False)
+    use_attention(own, machine.attend_by(next(model.parameters()).device))
+    return own.eval()
+
+
+def read(config: RecordsConfig, seed: int) -> tuple[list[Record], list[Record]]:
+    """Records to train on, and records to measure on. Raises UserError when no file is named or nothing is left of one."""
+    if not config.files:
+        raise UserError("no data: name at least one file with --data.files FILE (docs/tuning.md lists the shapes)")
+    records = reading.read(config.files)
+    if config.held_out:
+        return records, reading.read(config.held_out)
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, round(config.holdout_share * len(records)))
+    if count >= len(records):
+        raise UserError(
+            f"{len(records)} example(s) cannot be parted into training and held-out ones; give more, or data.held_out"
+        )
+    apart = set(order[:count])
+    return [r for i, r in enumerate(records) if i not in apart], [r for i, r in enumerate(records) if i in apart]
+
+
+def saved_as(config: Tuning) -> dict[str, Any]:
+    """What `checkpoint.save` is to know: adapters are written alone, with the name of the model that they stand upon."""
+    return {"base": config.start} if config.lora.rank else {}
+
+
+def pairs(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to learn from and held-out ones, of which both answers fit."""
+    learnt, held = (
+        _fitting(examples.pairs(some, tokenizer, config.data.template), config, model, tokenizer)
+        for some in read(config.data, config.seed)
+    )
+    return learnt, held
+
+
+def judged(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Judged], list[Judged]]:
+    """Labelled answers to learn from and held-out ones; pairs are taken apart."""
+    learnt, held = (
+        _fitting(examples.judged(some, tokenizer, config.data.template), config, model, tokenizer)
+        for some in read(config.data, config.seed)
+    )
+    return learnt, held
+
+
+Both = TypeVar("Both", Pair, Judged)
+
+
+def _fitting(items: list[Both], config: Tuning, model: GPT, tokenizer: Tokenizer) -> list[Both]:
+    """Those of which both texts pass `examples.fit`, cut where that cuts them."""
+    ends = examples.end_ids(tokenizer, config.data.template)
+    found: list[Both] = []
+    for item in items:
+        try:
+            texts = [
+                examples.fit([text], longest(config.data, model), config.data.overlong, ends).examples[0] for text in item[:2]
+            ]
+        except examples.NothingLeftError:
+            continue
+        found.append(item._replace(**dict(zip(item._fields, texts, strict=False))))  # type: ignore[arg-type]
+    if not found:
+        raise UserError(
+            f"nothing to learn: none of {len(items)} items fits data.max_tokens = {longest(config.data, model)} tokens"
+            " (prompt and answer together)"
+        )
+    return found
+
+
+def longest(config: RecordsConfig, model: GPT) -> int:
+    """T_max in tokens. Raises UserError when it is beyond the context."""
+    context = model.config.context_tokens
+    if config.max_tokens > context:
+        raise UserError(f"data.max_tokens is {config.max_tokens} and the model's context {context}; use at most that")
+    return config.max_tokens or context
+
+
+def steps(config: Tuning, rows_per_epoch: int) -> int:
+    """Optimiser steps of the run."""
+    return config.max_steps or math.ceil(config.epochs * rows_per_epoch / (config.batch_size * config.accumulation_steps))
+
+
+def told(audit: Audit) -> list[str]:
+    """An audit in two lines."""
+    questions, answers = ([getattr(e, name) for e in audit.examples] for name in ("n_instruction", "n_response"))
+    count = len(audit.examples)
+    lost = "".join(f"; {number:,} dropped: {reason}" for reason, number in audit.dropped.items())
+    cut = f"; {audit.truncated:,} truncated" if audit.truncated else ""
+    ended = "every answer" if audit.ended == count else f"{audit.ended:,} of {count:,} answers" if audit.ended else "NO answer"
+    return [
+        f"{count:,} examples{lost}{cut}; E[Q] {sum(questions) / count:.1f} tokens of instruction, E[A] {sum(answers) / count:.1f}"
+        " of response",
+        f"{audit.supervised:,} tokens to be learnt, {audit.masked:,} only read; the end token is learnt after {ended}",
+    ]
+
+
+def banner(config: Tuning, model: nn.Module, ranks: Ranks) -> str:
+    """What is trained, on what, in which steps."""
+    every, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (
+        f"{every:,} parameters, {trained:,} trained, on {ranks.world} x {ranks.device}, {config.precision}; effective batch ="
+        f" {config.batch_size} x {config.accumulation_steps} = {config.batch_size * config.accumulation_steps}"
+    )
