@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,6 +237,11 @@ def test_what_k3_and_k1_are_in_the_mean() -> None:
     biased = slopes((p.detach() * estimate.detach() * log_p).sum(), logits)[0]
     assert (biased - slope).abs().max() > 1e-2
 
+    for old in (log_p.detach(), random(9, seed=2).detach().log_softmax(0)):  # samples of the model, and of another
+        weighted = objectives.k3(log_p, reference, old)
+        mean = (old.exp() * weighted).sum()
+        assert abs(mean - (p * k1).sum()) < 1e-15 and gap((slopes(mean, logits)[0], slope)) < 1e-15
+
 
 def test_gae_between_its_extremes() -> None:
     rewards, values, is_token = gae_case()
@@ -281,6 +285,7 @@ def test_nothing_that_was_before_the_update_gets_a_gradient() -> None:
         (ipo(a, b, c, d, 0.5), "ab"),
         (kto(a, c, good, d.mean() + 3, 0.5), "a"),
         (k3(a, c), "a"),
+        (k3(a, c, d), "a"),
         (clipped_policy(a, c, d, 0.2)[0], "a"),
         (clipped_value(a, c, d, 0.2), "a"),
         (bradley_terry(a, b), "ab"),
@@ -424,10 +429,17 @@ def check_clipped_value() -> float:
 
 def check_k3() -> float:
     a, b = random(50), random(50, seed=1)
-    found = objectives.k3(a, b)
+    old = random(50, seed=2)
+    found, weighted = objectives.k3(a, b), objectives.k3(a, b, old)
+
+    def with_ratio(a: float, b: float, old: float) -> float:
+        return math.exp(a - old) * (math.exp(b - a) - (b - a) - 1)
+
     return gap(
         (found, each(lambda a, b: math.exp(b - a) - (b - a) - 1, a, b)),
         (slopes(found.sum(), a)[0], each(lambda a, b: 1 - math.exp(b - a), a, b)),
+        (weighted, each(with_ratio, a, b, old)),
+        (slopes(weighted.sum(), a)[0], each(lambda a, b, old: math.exp(a - old) * (a - b), a, b, old)),
     )
 
 
@@ -656,6 +668,14 @@ def kto_of(change: Callable[..., tuple[Any, ...]]) -> Callable[..., Tensor]:
     return lambda *arguments: kto(*change(*arguments))
 
 
+def ratio_or_1(logp: Tensor, old: Tensor | None) -> Tensor:
+    return torch.ones_like(logp) if old is None else (logp - old.detach()).exp()
+
+
+def of_estimate(estimate: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda logp, reference, old=None: estimate(logp, reference) * ratio_or_1(logp, old)
+
+
 def spread_of(correction: int, epsilon: float = 1e-4) -> Callable[..., Tensor]:
     def wrong(rewards: Tensor, scale: str) -> Tensor:
         centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -719,10 +739,15 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "clipped_value: never clipped": ("clipped_value", values_with(lambda plain, held: plain)),
     "clipped_value: always clipped": ("clipped_value", values_with(lambda plain, held: held)),
     "clipped_value: no half": ("clipped_value", lambda *x: 2 * clipped_value(*x)),
-    "k3: k1": ("k3", lambda logp, reference: logp - reference.detach()),
-    "k3: k2": ("k3", lambda logp, reference: 0.5 * (logp - reference.detach()).square()),
-    "k3: the other way round": ("k3", lambda logp, reference: k3(-logp, -reference)),
-    "k3: no gradient": ("k3", lambda logp, reference: k3(logp.detach(), reference) + 0 * logp),
+    "k3: k1": ("k3", of_estimate(lambda logp, reference: logp - reference.detach())),
+    "k3: k2": ("k3", of_estimate(lambda logp, reference: 0.5 * (logp - reference.detach()).square())),
+    "k3: the other way round": ("k3", of_estimate(lambda logp, reference: k3(-logp, -reference))),
+    "k3: no gradient": ("k3", of_estimate(lambda logp, reference: k3(logp.detach(), reference) + 0 * logp)),
+    "k3: a ratio without gradient": (
+        "k3",
+        lambda logp, reference, old=None: k3(logp, reference) * ratio_or_1(logp, old).detach(),
+    ),
+    "k3: the ratio's inverse": ("k3", lambda logp, reference, old=None: k3(logp, reference) / ratio_or_1(logp, old)),
     "group_advantages: deviation of a population": ("group_advantages", spread_of(0)),
     "group_advantages: mean of all groups": (
         "group_advantages",
@@ -777,8 +802,8 @@ class Bigram(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(random(WORDS, WIDTH, seed=seed).detach())
-        self.weight = nn.Parameter(random(WORDS, WIDTH, seed=seed + 1).detach())
+        self.embedding = nn.Parameter(random(WORDS, WIDTH, seed=seed, scale=0.7).detach())
+        self.weight = nn.Parameter(random(WORDS, WIDTH, seed=seed + 1, scale=0.7).detach())
 
     def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> Any:
         from trl.trainer.utils import FusedCausalLMOutput
@@ -805,6 +830,7 @@ class Trl:
     dpo: Any
     kto: Any
     grpo: Any
+    reference: Any
 
 
 @pytest.fixture(scope="module")
@@ -832,18 +858,24 @@ def trl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trl]:
 
         def arguments(config: Any, **more: Any) -> dict[str, Any]:
             folder = str(tmp_path_factory.mktemp("trl"))
-            told = config(folder, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, beta=BETA, disable_dropout=True, **more)
+            told = config(
+                folder, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, beta=BETA, disable_dropout=True, **more
+            )
             return {"args": told, "processing_class": tokenizer}
 
         pair = Dataset.from_list([{"prompt": "w2", "chosen": " w4 w5", "rejected": " w7"}])
         judged = Dataset.from_list([{"prompt": "w2", "completion": " w4", "label": label} for label in (True, False)])
         asked = Dataset.from_list([{"prompt": "w2 w3"}])
-        grpo = arguments(GRPOConfig, per_device_train_batch_size=8, num_generations=4, max_completion_length=6) | {"train_dataset": asked}
+        grpo = arguments(GRPOConfig, per_device_train_batch_size=8, num_generations=4, max_completion_length=6) | {
+            "train_dataset": asked
+        }
         grpo["args"].beta = 0.0  # or it looks for a reference model in files
+        reference = gpt2(1)
         yield Trl(
-            DPOTrainer(gpt2(0), gpt2(1), train_dataset=pair, **arguments(DPOConfig)),
+            DPOTrainer(gpt2(0), reference, train_dataset=pair, **arguments(DPOConfig)),
             KTOTrainer(gpt2(0), gpt2(1), train_dataset=judged, **arguments(KTOConfig, per_device_train_batch_size=2)),
             GRPOTrainer(gpt2(0), lambda completions, worth, **_: worth, **grpo),
+            reference,
         )
 
 
@@ -918,8 +950,8 @@ def kto_error(trl: Trl) -> float:
 AVERAGES = {"grpo": "sequence", "dr_grpo": "constant", "dapo": "token", "bnpo": "token"}
 
 
-def grpo_error(trl: Trl, loss_type: str, micro_batches: int = 2, beta: float = BETA) -> float:
-    """Answers of one step in micro-batches, each with words clipped on either side."""
+def grpo_error(trl: Trl, loss_type: str, micro_batches: int = 2, beta: float = BETA, as_published: bool = True) -> float:
+    """Answers of one step in micro-batches of 4, with words clipped on either side; the divergence as published or weighted."""
     trainer, model, reference = trl.grpo, Bigram(0), Bigram(7)
     count, instruction = 4 * micro_batches, 3
     generator = torch.Generator().manual_seed(5)
@@ -929,7 +961,7 @@ def grpo_error(trl: Trl, loss_type: str, micro_batches: int = 2, beta: float = B
         "prompt_mask": torch.ones(count, instruction, dtype=torch.long),
         "completion_ids": torch.randint(WORDS, (count, 6), generator=generator),
         "completion_mask": (torch.arange(6) < lengths).long(),
-        "advantages": random(count, seed=6).detach(),
+        "advantages": row(1.5, -0.7, 0.4, -1.1, -2, 0.3, 0.9, -0.2)[:count],
     }
     ids = torch.cat([step["prompt_ids"], step["completion_ids"]], dim=1)
     is_answer = torch.cat([0 * step["prompt_mask"], step["completion_mask"]], dim=1)
@@ -940,18 +972,21 @@ def grpo_error(trl: Trl, loss_type: str, micro_batches: int = 2, beta: float = B
 
     trainer.loss_type, trainer.beta, trainer.max_completion_length = loss_type, beta, 9
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = micro_batches
+    trainer.args.use_bias_correction_kl = not as_published
     trainer.model.train()
     trainer._metrics["train"].clear()
     theirs = torch.stack(
         [
-            trainer.compute_loss(model, {name: value[part : part + 4] for name, value in step.items()} | {"num_items_in_batch": tokens})
+            trainer.compute_loss(
+                model, {name: value[part : part + 4] for name, value in step.items()} | {"num_items_in_batch": tokens}
+            )
             for tokens in [step["completion_mask"].sum()]
             for part in range(0, count, 4)
         ]
     ).sum()
 
     loss, is_clipped = objectives.clipped_policy(logp, old, step["advantages"][:, None], 0.2)
-    loss = loss + beta * objectives.k3(logp, start)
+    loss = loss + beta * objectives.k3(logp, start, None if as_published else old)
     weights = objectives.grpo_weights(is_token, AVERAGES[loss_type], 9, int(is_token.sum()), count, logp.dtype)
     up, down = (is_clipped & is_token & (step["advantages"][:, None] * sign > 0) for sign in (1, -1))
     assert up.any() and down.any()
@@ -971,6 +1006,7 @@ TRL_CHECKS: dict[str, Callable[[Trl], float]] = {
     "dapo": lambda trl: grpo_error(trl, "dapo"),
     "bnpo": lambda trl: grpo_error(trl, "bnpo", micro_batches=1),
     "grpo without reference": lambda trl: grpo_error(trl, "grpo", beta=0.0),
+    "dapo, ratio in the divergence": lambda trl: grpo_error(trl, "dapo", as_published=False),
 }
 
 
@@ -982,10 +1018,10 @@ def test_losses_and_gradients_are_those_of_trl(name: str, trl: Trl) -> None:
 
 @uses_trl
 @pytest.mark.parametrize("scale", ["none", "group"])
-def test_advantages_are_those_of_trl(scale: Any, trl: Trl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advantages_are_those_of_trl(scale: Any, trl: Trl) -> None:
     """Two prompts, four answers sampled to each by trl, and what its reward function says of them."""
     worth = torch.tensor([[0.0, 1.0, 0.25, -3.0], [0.1, 0.1, 0.7, 0.1]])
-    trl.grpo.scale_rewards = scale
+    trl.grpo.scale_rewards, trl.grpo.beta = scale, 0.0
     rows = [{"prompt": prompt, "worth": x} for prompt, some in zip(("w2 w3", "w4"), worth.tolist(), strict=True) for x in some]
     theirs = trl.grpo._generate_and_score_completions(rows)["advantages"].view(2, 4)
     assert (objectives.group_advantages(worth, scale) - theirs).abs().max() < 1e-6
@@ -995,8 +1031,79 @@ def test_advantages_are_those_of_trl(scale: Any, trl: Trl, monkeypatch: pytest.M
 
 
 @uses_trl
-def test_a_real_gpt2_in_float32_too(trl: Trl) -> None:
+def test_a_real_gpt2_has_trls_loss_in_float32(trl: Trl) -> None:
     """Through trl's own head, which sums in float32 whatever the model's precision."""
-    trainer, batch = trl.dpo, texts(8, seed=4)
-    model, reference = trainer.model, GPT2_REFERENCE(trainer)
-    trainer.loss_types, trainer.label_smoothing = ["sigmoid"], 0.0
+    model, batch = trl.dpo.model, texts(8, seed=4)
+    trl.dpo.ref_model, trl.dpo.loss_types = trl.reference, ["sigmoid"]
+    theirs = trl.dpo.compute_loss(model, batch)
+
+    def halves(model: Any) -> tuple[Tensor, ...]:
+        hidden = model.transformer(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        targets = torch.where(batch["completion_mask"].bool(), batch["input_ids"], IGNORE)
+        return token_logprobs(hidden[:, :-1], model.lm_head.weight, targets[:, 1:]).sum(1).chunk(2)
+
+    with torch.no_grad():
+        before = halves(trl.reference)
+    ours = dpo(*halves(model), *before, BETA).mean()
+    parameters = tuple(model.parameters())
+    pairs = [(theirs, ours), *zip(slopes(theirs, *parameters), slopes(ours, *parameters), strict=True)]
+    assert max((a - b).detach().abs().max().item() for a, b in pairs) < 1e-5
+    assert max(b.detach().abs().max().item() for _, b in pairs) > 0.1
+
+
+def mean_over_tokens(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return token_logprobs(hidden, weight, targets) / (targets != IGNORE).sum(1, keepdim=True)
+
+
+def sum_over_tokens(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return token_logprobs(hidden, weight, targets) * (targets != IGNORE).sum(1, keepdim=True)
+
+
+def weighed(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Weights changed by what they are of: weights, is_token, tokens of the step."""
+    return lambda is_token, *rest: change(grpo_weights(is_token, *rest), is_token, rest[2])
+
+
+TRL_MUTANTS: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    name: (name.partition(":")[0], function, wrong)
+    for name, function, wrong in [
+        ("dpo: references swapped", "dpo", MUTANTS["dpo: references swapped"][1]),
+        ("dpo: means of the tokens", "token_logprobs", mean_over_tokens),
+        ("dpo: one late", "token_logprobs", MUTANTS["token_logprobs: one late"][1]),
+        ("dpo: padding and instruction count", "token_logprobs", MUTANTS["token_logprobs: padding counts"][1]),
+        ("dpo, smoothed: smoothing subtracted", "dpo", MUTANTS["dpo: smoothing subtracted"][1]),
+        ("dpo, smoothed: smoothing forgotten", "dpo", MUTANTS["dpo: smoothing forgotten"][1]),
+        ("ipo: sums of the tokens", "token_logprobs", sum_over_tokens),
+        ("ipo: goal 1 / beta", "ipo", MUTANTS["ipo: goal 1 / beta"][1]),
+        ("kto: drift added", "kto", MUTANTS["kto: drift added"][1]),
+        ("kto: drift below 0", "kto", MUTANTS["kto: drift below 0"][1]),
+        ("kto: a gradient through the drift", "kto", live_kl),
+        ("kto: weights swapped", "kto", MUTANTS["kto: weights swapped"][1]),
+        ("grpo: k1", "k3", MUTANTS["k3: k1"][1]),
+        ("grpo: k3 the other way round", "k3", MUTANTS["k3: the other way round"][1]),
+        ("grpo: k3 without gradient", "k3", MUTANTS["k3: no gradient"][1]),
+        ("dapo, ratio in the divergence: as published", "k3", lambda logp, reference, old: k3(logp, reference)),
+        ("dapo, ratio in the divergence: no gradient to it", "k3", MUTANTS["k3: a ratio without gradient"][1]),
+        ("grpo: the lesser ratio", "clipped_policy", ratio_clipped_first),
+        ("grpo: maximum", "clipped_policy", MUTANTS["clipped_policy: maximum"][1]),
+        ("grpo: never clipped", "clipped_policy", MUTANTS["clipped_policy: never clipped"][1]),
+        ("grpo: by all tokens", "grpo_weights", weighed(lambda w, m, tokens: m / tokens)),
+        ("grpo: by answers alone", "grpo_weights", weighed(lambda w, m, tokens: w * m.sum(1, keepdim=True))),
+        ("dr_grpo: by the longest answer", "grpo_weights", weighed(lambda w, m, tokens: w * 9 / m.sum(1).max())),
+        ("dr_grpo: padding counts", "grpo_weights", weighed(lambda w, m, tokens: w.max().expand_as(w) + 0 * w)),
+        ("dapo: by each answer", "grpo_weights", weighed(lambda w, m, tokens: m / m.sum(1, keepdim=True) / len(m))),
+        (
+            "dapo: by the micro-batch's tokens",
+            "grpo_weights",
+            weighed(lambda w, m, tokens: torch.cat([part / part.sum() / 2 for part in m.double().split(4)])),
+        ),
+    ]
+}
+
+
+@uses_trl
+@pytest.mark.parametrize("mutant", TRL_MUTANTS)
+def test_a_mistake_is_not_trls(mutant: str, trl: Trl, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, function, wrong = TRL_MUTANTS[mutant]
+    monkeypatch.setattr(objectives, function, wrong)
+    assert TRL_CHECKS[name](trl) > NOTICED

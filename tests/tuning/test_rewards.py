@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import random
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -136,8 +136,8 @@ def make(response: str = "yes", prompt: str = "1+1=", place: str = "sums.jsonl, 
     return Answer((Message("system", "Be brief."), Message("user", prompt)), response, place, fields)
 
 
-def score(spec: str, response: str = "yes", prompt: str = "1+1=", **fields: Any) -> float:
-    with Rewards([spec], seconds=20) as opened:
+def score(spec: str, response: str = "yes", prompt: str = "1+1=", seconds: float = 20.0, **fields: Any) -> float:
+    with Rewards([spec], seconds=seconds) as opened:
         return opened([make(response, prompt, **fields)])[0].total
 
 
@@ -181,8 +181,10 @@ def test_length_by_hand(words: str, response: str, expected: float) -> None:
 @pytest.mark.parametrize(
     ("text", "response", "expected"),
     [
-        ("Hello", "oh, HELLO there", 1.0), ("hello", "hell", 0.0), ("việt", "TIẾNG VIỆT", 1.0), ("ß", "STRASSE", 1.0),
-        ("Vi\u1ec7t", "vi\u0065\u0323\u0302t".replace("vie", "Vie"), 1.0), (" ", "ab", 0.0), ("😀", "a😀b", 1.0), ("a.b", "axb", 0.0),
+        ("Hello", "oh, HELLO there", 1.0), ("hello", "hell", 0.0), ("việt", "TIẾNG VIỆT", 1.0),
+        ("ß", "STRASSE", 1.0),
+        ("Vi\u1ec7t", "VI\u0065\u0323\u0302T", 1.0), (" ", "ab", 0.0), ("😀", "a😀b", 1.0),
+        ("a.b", "axb", 0.0),
         ("\ud800", "x\ud800", 1.0), ("3*4", "3*4", 1.0),
     ],
 )  # fmt: skip
@@ -193,7 +195,8 @@ def test_contains_by_hand(text: str, response: str, expected: float) -> None:
 @pytest.mark.parametrize(
     ("pattern", "response", "expected"),
     [
-        (r"\d+", " 42\n", 1.0), (r"\d+", "42 ", 1.0), (r"\d+", "a42", 0.0), (r"\d+", "42a", 0.0), ("<a>.*</a>", "<a>x\ny</a>", 1.0),
+        (r"\d+", " 42\n", 1.0), (r"\d+", "42 ", 1.0), (r"\d+", "a42", 0.0), (r"\d+", "42a", 0.0),
+        ("<a>.*</a>", "<a>x\ny</a>", 1.0),
         ("", "  ", 1.0), ("(?i)yes", "YES", 1.0), ("a:b*", "a:bb", 1.0),
     ],
 )  # fmt: skip
@@ -208,9 +211,11 @@ def test_format_by_hand(pattern: str, response: str, expected: float) -> None:
     ("prompt", "value"),
     [
         ("12+34=", 46), ("What is 12 + 34?", 46), ("1+1=2\n3+4=7\n12-34=", -22), ("1+1=2 3+4=7 12+34=", 46), ("10-2-3=", 5),
-        ("2+3*4=", 14), ("(2+3)*4", 20), ("20//3*2", 12), ("-7//2", -4), ("7/2*2", 7), ("1-(2-3)", 2), ("-3 + 4", 1), ("2*-3", -6),
+        ("2+3*4=", 14), ("(2+3)*4", 20), ("20//3*2", 12), ("-7//2", -4), ("7/2*2", 7), ("1-(2-3)", 2), ("-3 + 4", 1),
+        ("2*-3", -6),
         ("-(1+2)*3", -9), ("((1 + 2) * (3 + 4))", 21), ("1,000 + 2,500", 3500), ("3 × 4 ÷ 2 − 1", 5), ("(what is 3+4?)", 7),
-        ("- 12 + 34 =", 46), ("Compute **12 + 34**.", 46), ("3+4.", 7), ("3+4, please", 7), ("Tổng của 3+4 là", 7),
+        ("- 12 + 34 =", 46), ("Compute **12 + 34**.", 46), ("**1+2** is what?", 3),
+        ("3+4.", 7), ("3+4, please", 7), ("Tổng của 3+4 là", 7),
         ("3 + 4 (easy)", 7), ("5 + 6 = _", 11), ("99999999999999999999+1", 10**20), ("0*5", 0),
     ],
 )  # fmt: skip
@@ -228,7 +233,7 @@ def test_expressions_by_hand(prompt: str, value: int) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_expression_is_an_error_not_a_guess(prompt: str) -> None:
-    with pytest.raises(ValueError, match="no expression|digits"):
+    with pytest.raises(ValueError, match=r"no expression|digits"):
         arithmetic(prompt, "0")
 
 
@@ -249,7 +254,8 @@ def test_values_that_nobody_can_answer_are_errors(prompt: str, message: str) -> 
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        ("46", 1.0), (" 46\n13+5=18", 1.0), ("= 46.", 1.0), ("46.0", 1.0), ("46.5", 0.0), ("-46", 0.0), ("−46", 0.0), ("12+34=46", 0.0),
+        ("46", 1.0), (" 46\n13+5=18", 1.0), ("= 46.", 1.0), ("46.0", 1.0), ("46.5", 0.0), ("-46", 0.0), ("−46", 0.0),
+        ("12+34=46", 0.0),
         ("", 0.0), ("forty-six", 0.0), ("046", 1.0), ("4 6", 0.0), ("460", 0.0), ("4,6", 0.0), ("٤٦", 0.0), ("9" * 100_000, 0.0),
         ("\ud800 46", 1.0), ("47 46", 0.0),
     ],
@@ -288,10 +294,12 @@ def test_random_expressions_against_their_trees() -> None:
     [
         ("42", "so it is 42", 1.0), ("42", "42 or 43", 0.0), ("42", "43, no, 42.", 1.0), ("#### 42", "#### 42", 1.0),
         ("6*7=<<6*7=42>>42\n#### 42", "6*7 is 42", 1.0), ("6*7=<<6*7=42>>42\n#### 43", "42", 0.0), ("1,000", "1000.00", 1.0),
-        ("$18", "$18", 1.0), ("-5", "it is -5", 1.0), ("-5", "it is 5", 0.0), ("5", "7-5", 1.0), ("0.5", ".5", 1.0), (".5%", "0.5", 1.0),
+        ("$18", "$18", 1.0), ("-5", "it is -5", 1.0), ("-5", "it is 5", 0.0), ("5", "7-5", 1.0), ("0.5", ".5", 1.0),
+        (".5%", "0.5", 1.0),
         (42, "42", 1.0), (42.0, "42", 1.0), (0.1, "0.10", 1.0), (-3, "−3", 1.0), (1e20, "1" + "0" * 20, 1.0), (42, "", 0.0),
         ("Paris", " paris\n", 1.0), ("Paris", "Paris, France", 0.0), ("Paris", "I think so #### PARIS", 1.0), ("A1", "1", 0.0),
-        ("Hà Nội", "hà nội", 1.0), ("12:30", "12:30", 1.0), ("12:30", "30", 0.0), ("1234567", "1,234,567", 1.0), ("12", "1,2", 0.0),
+        ("Hà Nội", "hà nội", 1.0), ("12:30", "12:30", 1.0), ("12:30", "30", 0.0), ("1234567", "1,234,567", 1.0),
+        ("12", "1,2", 0.0),
         (7, "seven 7% ", 1.0), ("+7", "7", 1.0),
     ],
 )  # fmt: skip
@@ -422,9 +430,11 @@ def test_the_ways_to_give_tests() -> None:
 @pytest.mark.parametrize(
     "program",
     [
-        "import os; os._exit(0)", "import sys; sys.exit()", "raise SystemExit(0)", "quit()", "x = '''", "x = (", "if True:", "assert 0",
-        "def check(f): pass\nraise KeyboardInterrupt", "import ctypes; ctypes.string_at(0)", "def f(): f()\nf()", "input()", "1/0",
-        "import os; os.kill(os.getpid(), 15)", "import numpy", "import glassgpt", "import os; os.close(0); os.closerange(3, 99); 1/0",
+        "import os; os._exit(0)", "import sys; sys.exit()", "raise SystemExit(0)", "quit()", "x = '''", "x = (", "if True:",
+        "assert 0", "def check(f): pass\nraise KeyboardInterrupt", "import ctypes; ctypes.string_at(0)", "def f(): f()\nf()",
+        "input()", "1/0",
+        "import os; os.kill(os.getpid(), 15)", "import numpy", "import glassgpt",
+        "import os; os.close(0); os.closerange(3, 99); 1/0",
     ],
 )  # fmt: skip
 def test_a_program_that_ends_early_does_not_pass(program: str) -> None:
@@ -443,6 +453,7 @@ def test_a_program_that_ends_early_does_not_pass(program: str) -> None:
         "print('x' * 10**7); import sys; sys.stderr.write('y' * 10**6)",
         "if __name__ == '__main__': 1/0",
         "import os; assert dict(os.environ).keys() <= {'PYTHONHASHSEED', 'LC_CTYPE'}",
+        "import threading; one = threading.Thread(target=print); one.start(); one.join()",
         "import sys; assert sys.stdin.read() == ''",
         "x = [0] * 10**7",
     ],
@@ -453,47 +464,43 @@ def test_what_a_program_may_do(program: str, capfd: pytest.CaptureFixture[str], 
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("program", "limit"),
-    [
-        ("x = bytearray(2**31)", "resource.RLIMIT_AS: memory,"),
-        ("import os\nfile = open('large', 'wb')\nfile.write(bytes(2**21))\nfile.flush()", "resource.RLIMIT_FSIZE: file_size,"),
-        ("import os\nif os.fork() == 0: os._exit(0)", '"os.fork", '),
-        ("import subprocess\nsubprocess.run(['true'], check=True)", '"subprocess.", '),
-        ("import os\nassert os.system('true') == 0", '"os.system", '),
-        ("import threading\nthreading.Thread(target=print).start()", '"_thread.",'),
-        ("import socket\nsocket.create_connection(('127.0.0.1', PORT)).close()", '"socket.connect", '),
-        ("open(FILE, 'w').close()", ' and not (event == "open" and arguments[2] & writing)'),
-        ("import os; os.close(os.open(FILE, os.O_RDWR | os.O_CREAT))", ' and not (event == "open" and arguments[2] & writing)'),
-        ("import os; os.remove(FILE)", '"os.remove", '),
-        ("import os; os.rename(FILE, 'x')", '"os.rename", '),
-        ("import os; os.mkdir(FILE + '2')", '"os.mkdir", '),
-        ("import os; os.chmod(FILE, 0)", '"os.chmod", '),
-        ("import shutil; shutil.rmtree(FOLDER)", '"shutil.rmtree",'),
-    ],
-)
-def test_each_limit_is_what_stops_a_program(program: str, limit: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+OPENED = "arguments[2] & writing"
+LIMITS = {
+    "import mmap; mmap.mmap(-1, 2**31)": "resource.RLIMIT_AS: memory,",
+    "file = open('large', 'wb'); file.write(bytes(2**21)); file.flush()": "resource.RLIMIT_FSIZE: file_size,",
+    "import os\nif os.fork() == 0: os._exit(0)": '"os.fork",',
+    "import subprocess; subprocess.run(['/bin/true'], check=True)": '"subprocess.",',
+    "import os; assert os.system('true') == 0": '"os.system",',
+    "import socket; socket.socket().connect(('127.0.0.1', PORT))": '"socket.connect",',
+    "import socket; socket.getaddrinfo('127.0.0.1', PORT)": '"socket.getaddrinfo",',
+    "import ctypes; ctypes.CDLL(None)": '"ctypes.dlopen",',
+    "open(FILE, 'a').close()": OPENED,
+    "import os; os.close(os.open(FILE, os.O_RDWR | os.O_CREAT))": OPENED,
+    "import os; os.remove(FILE)": '"os.remove",',
+    "import os; os.rename(FILE, 'x')": '"os.rename",',
+    "import os; os.mkdir(FILE + '2')": '"os.mkdir",',
+    "import os; os.chmod(FILE, 0)": '"os.chmod",',
+    "import os, shutil; shutil.rmtree(FOLDER, True); assert not os.path.exists(FOLDER + '/file')": '"shutil.rmtree",',
+}
+
+
+@pytest.mark.parametrize("program", LIMITS)
+def test_each_limit_is_what_stops_a_program(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same program passes where just this limit is left out."""
-    (folder / "inside").mkdir()
-    file = folder / "precious"
-    file.write_text("precious")
+    file, inside = folder / "precious", folder / "inside"
+    inside.mkdir()
+    for path in (file, inside / "file"):
+        path.write_text("precious")
+    source, limit = verifiable._CANDIDATE, LIMITS[program]
+    without = source.replace(limit, "0" if limit == OPENED else "")
+    assert without != source
     with socket.create_server(("127.0.0.1", 0)) as server:
-        program = f"FILE, FOLDER, PORT = {str(file)!r}, {str(folder / 'inside')!r}, {server.getsockname()[1]}\n{program}"
+        program = f"FILE, FOLDER, PORT = {str(file)!r}, {str(inside)!r}, {server.getsockname()[1]}\n{program}"
         assert not passes(program, "pass")
-        assert file.read_text() == "precious" and file.stat().st_mode & 0o777 and (folder / "inside").is_dir()
+        assert file.read_text() == (inside / "file").read_text() == "precious" and file.stat().st_mode & 0o400
         assert sorted(path.name for path in folder.iterdir()) == ["inside", "mine.py", "precious"]
-        without = verifiable._CANDIDATE.replace(limit, "")
-        without = re.sub(r"resource\.RLIMIT_NPROC: 0,", "", without)
-        if limit.startswith("resource"):
-            assert resource.getrlimit(resource.RLIMIT_AS)[1] == resource.RLIM_INFINITY
-        if limit.startswith(" and not"):
-            without = verifiable._CANDIDATE.replace(limit, "")
-        if limit == '"os.remove", ':
-            assert '"os.remove", ' in verifiable._CANDIDATE
-        assert without != verifiable._CANDIDATE
         monkeypatch.setattr(verifiable, "_CANDIDATE", without)
-        if not limit.startswith(" and not"):
-            assert passes(program, "pass")
+        assert passes(program, "pass")
 
 
 @pytest.mark.parametrize(
@@ -506,11 +513,9 @@ def test_a_program_that_hangs_is_worth_nothing(program: str) -> None:
 
 
 def test_the_program_and_its_test_are_read_one_after_the_other() -> None:
-    swallowing = "def add(a, b): return 0\nx = '''"
-    test = "'''Tests.'''\nassert add(1, 2) == 3"
-    joined: dict[str, object] = {}
-    exec(f"{swallowing}\n{test}".replace("assert", "#"), joined)  # in one piece the program would hide what follows
-    assert code("", swallowing, {"test": test}) == 0.0
+    program, test = "def add(a, b): return 0\nx = '''", "assert add(1, 2) == 3  # '''"
+    exec(f"{program}\n{test}", {})  # in one piece, the program's open string hides the test
+    assert code("", program, {"test": test}) == 0.0
 
 
 def test_a_computer_that_runs_no_program_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,7 +560,8 @@ def test_all_solutions_of_human_eval(shared: Path) -> None:
         ("arithmetic", (1.0, "arithmetic")), ("0.5*length:80", (0.5, "length:80")), ("-2 * answer", (-2.0, "answer")),
         ("1e-3*code", (1e-3, "code")), ("0*length:5", (0.0, "length:5")), ("contains:3*4", (1.0, "contains:3*4")),
         ("2*contains:3*4", (2.0, "contains:3*4")), (r"format:\d*", (1.0, r"format:\d*")), ("mine:one", (1.0, "mine:one")),
-        ("format:a:b*", (1.0, "format:a:b*")), ("mine.py:one", (1.0, "mine.py:one")), ("model:runs/reward", (1.0, "model:runs/reward")),
+        ("format:a:b*", (1.0, "format:a:b*")), ("mine.py:one", (1.0, "mine.py:one")),
+        ("model:runs/reward", (1.0, "model:runs/reward")),
         ("package.module:f", (1.0, "package.module:f")),
     ],
 )  # fmt: skip
@@ -636,7 +642,6 @@ def test_modules_are_found_here_and_by_their_path(folder: Path) -> None:
     assert score(f"{folder}/package/code.py:f") == 5.0
     (folder / "package" / "within.py").write_text("from package.beside import worth\ndef f(prompt, response): return worth\n")
     assert score("package.within:f") == 5.0
-    assert score("operator:concat", "", "") == 0.0 if False else True  # noqa: SIM222
 
 
 # ---------------------------------------------------------------------- scores
@@ -885,59 +890,61 @@ def test_a_sample_without_what_a_reward_needs_is_named() -> None:
             opened([make(prompt="hello")])
 
 
-@pytest.mark.parametrize(
-    ("name", "wrong"),
-    [
-        ("watch(first", "pass; (first"),  # without it only the caller's clock is left, which does not know the place
-        ("os.dup2(2, 1)", "pass"),
-        ("except BaseException as error:  # SystemExit", "except ValueError as error:  # SystemExit"),
-        ("if math.isfinite(value):", "if True:"),
-        ("isinstance(result, numbers.Real) else math.nan", "result else 0.0"),
-        ("break", ""),
-    ][:5],
-)
-def test_a_mistake_in_the_process_is_noticed(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Each test of a failure, run against a process with the usual mistake, sees the difference."""
+SLEEPS = f"{LATE} (mine.py:{line_of('time.sleep(100)')}); --reward_seconds is 0.5"
+MISTAKES: dict[str, tuple[str, str, Callable[[], bool]]] = {
+    "no watch": ('watch(first["seconds"])', "pass", lambda: failure("mine:sleeps", 0.5) == SLEEPS),
+    "stdout is the pipe": ("os.dup2(2, 1)", "pass", lambda: score("mine:noise", seconds=0.8) == 2.0),
+    "stdin is the pipe": ("os.dup2(nothing.fileno(), 0)", "pass", lambda: score("mine:stdin", seconds=0.8) == 0.0),
+    "only some errors": (
+        "except BaseException as error:  # S",
+        "except Exception as error:  #",
+        lambda: "raised" in failure("mine:leaves"),
+    ),
+    "nan": ("if math.isfinite(value):", "if True:", lambda: failure("mine:not_a_number").startswith("returned nan")),
+    "anything": ("isinstance(result, numbers.Real)", "result", lambda: failure("mine:text").startswith("returned '1.0'")),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_process_is_noticed(mistake: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    right, wrong, holds = MISTAKES[mistake]
     source = Path(str(reward_worker.__file__)).read_text()
-    assert name in source
-    package = folder / "mutants" / "glassgpt"
-    package.mkdir(parents=True)
-    del package
-    (folder / "mutant_worker.py").write_text(source.replace(name, wrong))
     start = subprocess.Popen
-    monkeypatch.setattr(rewards.subprocess, "Popen", lambda command, **rest: start([command[0], "-m", "mutant_worker"], **rest))
+
+    def start_copy(command: list[str], **rest: Any) -> Any:
+        return start([*command[:2], "copy_of_reward_worker"] if "-m" in command else command, **rest)
+
+    monkeypatch.setattr(subprocess, "Popen", start_copy)
     monkeypatch.setattr(rewards, "GRACE_SECONDS", 0.5)
-
-    def holds() -> bool:
-        found = failure("mine:sleeps", 0.5) == f"{LATE} (mine.py:{line_of('time.sleep(100)')}); --reward_seconds is 0.5"
-        found = found and failure("mine:leaves").startswith("raised SystemExit")
-        found = found and failure("mine:not_a_number").startswith("returned nan")
-        found = found and failure("mine:none").startswith("returned None")
-        return found and score("mine:noise") == 2.0
-
-    try:
-        assert not holds()
-    except (AssertionError, RewardError, UserError, pytest.fail.Exception, ValueError):
-        return
+    copy, package = folder / "copy_of_reward_worker.py", f"Path({str(Path(reward_worker.__file__).parents[1])!r})"
+    source = source.replace("Path(__file__).parents[1]", package)
+    copy.write_text(source)
+    assert holds()
+    assert right in source
+    copy.write_text(source.replace(right, wrong))
+    survives = False
+    with contextlib.suppress(AssertionError, UserError, ValueError, pytest.fail.Exception):  # nothing to be read comes back
+        survives = holds()
+    assert not survives
 
 
 # ---------------------------------------------------------------------- the parent ends
 
 PARENT = """
-import os, sys
+import contextlib, os, sys, time
 os.chdir(sys.argv[1])
 from glassgpt.text.chat import Message
-from glassgpt.train.guard import Stop
 from glassgpt.tuning.rewards import Answer, Rewards
-import contextlib
-with Rewards(sys.argv[2:3], seconds=float(sys.argv[3])) as rewards, Stop() if "stop" in sys.argv else contextlib.nullcontext() as stop:
-    scores = rewards([Answer((Message("user", "p"),), "r", "line 1", {"test": "import time; time.sleep(100)"})])
-    print(scores[0].total, stop and int(stop.signal))
-    sys.stdout.flush()
-    if "wait" in sys.argv:
-        import time
+name, seconds, what = sys.argv[2:5]
+stop = contextlib.nullcontext()
+if what == "stop":
+    from glassgpt.train.guard import Stop as stop
+with Rewards([name], seconds=float(seconds)) as rewards, stop() if what == "stop" else stop as noted:
+    answer = Answer((Message("user", "p"),), "x = 1", "line 1", {"test": "import time; time.sleep(100)"})
+    print(rewards([answer])[0].total, noted and int(noted.signal), flush=True)
+    if what == "wait":
         time.sleep(100)
-    if "leave" in sys.argv:
+    if what == "leave":
         os._exit(0)
 """
 
@@ -973,7 +980,7 @@ def test_the_program_of_a_code_reward_ends_with_an_interrupt(folder: Path, start
         found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
         return [int(child) for child in found.stdout.split()]
 
-    with start_python(PARENT, folder, "code", 60) as parent:
+    with start_python(PARENT, folder, "code", 60, "wait") as parent:
         workers: list[int] = []
         program: list[int] = []
 
