@@ -135,13 +135,11 @@ class Session:
         self._saved = complete_checkpoints(self.run)
         self._plotted, self._left_out, self._began = 0.0, 0, 0.0
         self._marks: dict[str, bool] = {}
+        self.kept: dict[str, Any] = {}
+        """What a stage knows beside its weights: every checkpoint holds it, and it is here again when a run goes on."""
         if self._saved:
             self.step = checkpoint.restore(self._saved[-1], model, optimizers)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the newest checkpoint has noted beside the weights."""
-        return checkpoint.facts(self._saved[-1]) if self._saved else {}
+            self.kept = checkpoint.facts(self._saved[-1]).get("kept", {})
 
     def __enter__(self) -> Session:
         with contextlib.ExitStack() as stack:
@@ -226,10 +224,10 @@ class Session:
         first = {"step": self.step + 1, "loss": loss, "grad_norm": self.norm, "lr": self.rate, "tokens": count}
         return first | {"seconds": seconds} | self._marks
 
-    def finish(self, entry: dict[str, Any], speed: str, *, facts: Mapping[str, Any] | None = None) -> None:
+    def finish(self, entry: dict[str, Any], speed: str) -> None:
         """End the step: log, progress line, and where it is due, or a signal has come, checkpoint and plot.
 
-        The checkpoint notes `facts` and what of the entry begins with `val_`.
+        The checkpoint notes what of the entry begins with `val_`.
         """
         self.step += 1
         self.log.write(entry)
@@ -237,7 +235,7 @@ class Session:
         self.progress.update(self.step, entry["loss"], speed, machine.memory_bytes(self.ranks.device))
         last, interval = self.step == self.total_steps, self._config.save_interval
         if last or self.is_stopping or (interval and self.step % interval == 0):
-            self.save({key: value for key, value in entry.items() if key.startswith("val_")} | dict(facts or {}))
+            self.save({key: value for key, value in entry.items() if key.startswith("val_")})
             if self.ranks.is_first and (last or self.is_stopping or time.perf_counter() - self._plotted > PLOT_SECONDS):
                 plot_loss(self.run)
                 self._plotted = time.perf_counter()
@@ -252,6 +250,7 @@ class Session:
         if self._saved and self._saved[-1].name == f"step-{self.step:06d}":
             return
         state = (self._model, self._optimizers, self._tokenizer)
+        facts |= {"kept": self.kept} if self.kept else {}
         folder = checkpoint.save(self.run, self.step, *state, facts, self.ranks, **self._saved_as)
         self._saved.append(folder)
         if self.ranks.is_first:

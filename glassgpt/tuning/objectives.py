@@ -92,16 +92,20 @@ def implicit_rewards(logp: Tensor, reference_logp: Tensor, beta: float) -> Tenso
 # ---------------------------------------------------------------------- divergence from the reference
 
 
-def k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
+def k3(logp: Tensor, reference_logp: Tensor, old_logp: Tensor | None = None) -> Tensor:
     """KL(model || reference) estimated from each sampled token, (B, T): r - 1 - log r with r = reference / model.
 
-    Schulman 2020, "Approximating KL divergence"; GRPO's eq. 4. Its mean over the model's samples is the divergence, and it is
-    never negative. `k1`, logp - reference_logp, has the same mean and is often negative. As a *loss* on tokens the model has
-    just sampled neither has the divergence's gradient: k1's is 0 in the mean, k3's that of KL(reference || model). As a
-    *reward* (detached, see `token_rewards`) k1 has it exactly.
+    Schulman 2020, "Approximating KL divergence"; GRPO's eq. 4. Its mean over the model's own samples is the divergence, and it
+    is never negative. `k1`, logp - reference_logp, has the same mean and is often negative.
+
+    Without `old_logp` it is as published, and as a *loss* it has the wrong gradient: in the mean that of KL(reference || model)
+    (k1's is 0). With `old_logp`, what the tokens had when they were sampled, it is weighted by the ratio model / old
+    (DeepSeek-V3.2 2025, and trl unless told otherwise), and value and gradient are right in the mean, old samples or new. As a
+    *reward* (detached, see `token_rewards`) it is k1 that has the right gradient.
     """
     difference = reference_logp.detach() - logp
-    return torch.expm1(difference) - difference  # exp(d) - d - 1 is noise below 1e-3 in float32, and negative
+    found = torch.expm1(difference) - difference  # exp(d) - d - 1 is noise below 1e-3 in float32, and negative
+    return found if old_logp is None else found * (logp - old_logp.detach()).exp()
 
 
 def adapted_beta(beta: float, kl: float, target_kl: float, answers: int, horizon: int = 10_000) -> float:

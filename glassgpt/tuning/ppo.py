@@ -44,7 +44,7 @@ def _train(config: Ppo, ranks: Ranks) -> Path:
             f"{len(sampler.learnt):,} prompts to learn from, {len(sampler.held):,} held out; {sampler.answers} answers a step,"
             f" worth {' + '.join(config.reward)}"
         )
-        beta = float(session.facts.get("beta", config.beta))
+        beta = session.kept.setdefault("beta", config.beta)
         for step in session.steps():
             with rollout.saved_before(session):
                 seen = sampler.step(step)
@@ -72,13 +72,14 @@ def _train(config: Ppo, ranks: Ranks) -> Path:
                     part = ((policy + config.value_weight * worth) * batch.is_token).sum() / seen.tokens
                     part.backward()
                     total += part.item()
-                    told = [told[0] + float((clipped * batch.is_token).sum()), told[1] + (worth.detach() * batch.is_token).sum().item()]
+                    told[0] += float((clipped * batch.is_token).sum())
+                    told[1] += (worth.detach() * batch.is_token).sum().item()
                 loss = session.update(total, 1.0)
             entry = session.entry(loss, seen.tokens) | seen.facts | {"beta": beta}
             entry["clipped"], entry["value_loss"] = (number / seen.tokens for number in ranks.total(told))
             if config.target_kl:
-                beta = objectives.adapted_beta(beta, entry["kl"], config.target_kl, sampler.answers)
+                beta = session.kept["beta"] = objectives.adapted_beta(beta, entry["kl"], config.target_kl, sampler.answers)
             sampler.report(session, entry)
             speed = f"reward {entry['reward']:+.3f}  KL {entry['kl']:.3f}  {seen.tokens / entry['seconds']:,.0f} tokens/s"
-            session.finish(entry, speed, facts={"beta": beta})
+            session.finish(entry, speed)
     return Path(config.out_dir)

@@ -86,7 +86,7 @@ _OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction | int]] = {
 # what stands around an expression that goes on with something which is not understood: 3x + 4 - 2, 1 + 2**3, f(1 + 2), 1 + 2.5;
 # but the stars of **1 + 2** and the dash before a list's "- 1 + 2" are no operators
 _GOES_ON_BEFORE = re.compile(r"[0-9)][ \t]*[-+*/^%]+[ \t]*$|\w(?:[-+*/^%]+[ \t]*|[ \t]*[-+*/^%]+[ \t]+)$|[\w)]$")
-_GOES_ON_AFTER = re.compile(r"[\w(]|[ \t]*[-+*/^%]+[ \t]*[\w(.]")
+_GOES_ON_AFTER = re.compile(r"[\w(]|[ \t]*[-+*/^%]+[ \t]*(?:[0-9(]|\.[0-9])|(?:[ \t]+[-+*/^%]+[ \t]*|[-+*/^%]+)\w")
 _NUMBER = re.compile(
     r"(?:(?<![\w)])[-−])?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)",
 )
@@ -211,7 +211,7 @@ def code(prompt: str, response: str, fields: Mapping[str, Any], seconds: float =
     Raises ValueError for a row without tests.
 
     Each program runs in a process of its own in a temporary folder, with so many seconds, 1 GiB of memory, files of at most
-    1 MiB, the standard library only, no environment variables, and Python's own ways to threads, other processes, the network and
+    1 MiB, the standard library only, no environment variables, and Python's own ways to other processes, to the network and to
     changes of files elsewhere shut. That keeps a model's blunders from doing harm. It is a limit, not a security sandbox: a
     program that is written to break out will. Run models that you do not trust in a container or a virtual machine.
     """
@@ -294,7 +294,6 @@ def _candidate() -> None:
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_FSIZE: file_size,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_NOFILE: 64,
     }
     for kind, most in limits.items():
@@ -308,7 +307,7 @@ def _candidate() -> None:
     inside = os.path.realpath(os.getcwd()) + os.sep
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     shut = (
-        "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "subprocess.", "ctypes.dlopen", "_thread.",
+        "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "subprocess.", "ctypes.dlopen",
         "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostby",
     )  # fmt: skip
     changing = (
