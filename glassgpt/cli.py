@@ -44,12 +44,18 @@ COMMANDS = {
     "evaluate": Command("bits per byte of a model on text", "config.evaluate:Evaluate", "train.evaluate:evaluate"),
     "download": Command("fetch a model from the Hugging Face hub", "config.hub:Download", "loading:download"),
     "export": Command("write a model for other programs", "config.hub:Export", "exporting:export"),
+    "merge": Command("add an adapter to the weights of its base", "config.hub:Merge", "exporting:merge"),
     "bench generate": Command("speed of generation beside a peer", "config.lab:Bench", "lab.bench:bench"),
     "bench train": Command("speed and memory of training beside peers", "config.bench:BenchTrain", "lab.bench_train:bench_train"),
     "bench device": Command("CPU against GPU, float32 against bf16", "config.bench:BenchDevice", "lab.bench_device:bench_device"),
     "lab speedrun": Command("time to a loss beside nanoGPT's recipe", "config.bench:Speedrun", "lab.speedrun:speedrun"),
     "lab scaling": Command("scaling laws from a ladder of small runs", "config.scaling:Scaling", "lab.scaling:scaling"),
     "lab ladder": Command("what each step from GPT-2 to a modern model buys", "config.ladder:Ladder", "lab.ladder:ladder"),
+    "lab gradient-balance": Command(
+        "does fine-tuning learn from instruction or response?",
+        "config.gradient_balance:GradientBalance",
+        "lab.gradient_balance:gradient_balance",
+    ),
 }
 GROUPS = {verb.split()[0] for verb in COMMANDS if " " in verb}
 CONFIG_FLAG = "--config"

@@ -1,4 +1,4 @@
-"""`glassgpt export`: a model in the layout that another program opens."""
+"""`glassgpt export` and `glassgpt merge`: a model in the layout that another program opens."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from glassgpt import gguf_writer
+from glassgpt.config import UserError
 from glassgpt.config.files import complete_folder
-from glassgpt.config.hub import Export
-from glassgpt.loading import load
-from glassgpt.model import weights
+from glassgpt.config.hub import Export, Merge
+from glassgpt.loading import find, load
+from glassgpt.model import GPT, lora, weights
 from glassgpt.text import Tokenizer
 
 GGUF_FILE = "model.gguf"
@@ -20,16 +22,44 @@ GGUF_FILE = "model.gguf"
 
 def export(config: Export) -> Path:
     """Write a model in a layout of choice; returns the folder. It appears complete or not at all."""
-    model, tokenizer = load(config.model, dtype=None if config.dtype == "as-is" else getattr(torch, config.dtype))
-    target = Path(config.out_dir)
+    model, tokenizer = load(config.model, dtype=_dtype(config.dtype))
+    return _write(model, tokenizer, config.to, Path(config.out_dir), Path(config.model).name)
+
+
+def merge(config: Merge) -> Path:
+    """Write the sum of a base and its adapter; returns the folder. Raises UserError for a model that is no adapter."""
+    if find(config.adapter).base is None:
+        raise UserError(f"{config.adapter} holds a whole model and no adapter, so there is nothing to merge; `export` writes it")
+    model, tokenizer = load(config.adapter, dtype=_dtype(config.dtype), merge=False)
+    beside = _some_logits(model)
+    error = float((_some_logits(lora.merge(model)) - beside).abs().max())
+    target = _write(model, tokenizer, config.to, Path(config.out_dir), Path(config.adapter).name)
+    print(f"largest change of a logit by merging: {error:.1e}, of logits up to {float(beside.abs().max()):.1f}")
+    return target
+
+
+@torch.no_grad()
+def _some_logits(model: GPT) -> Tensor:
+    """Of random ids, in float64."""
+    T = min(64, model.config.context_tokens)
+    ids = torch.randint(model.config.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
+    return model(ids).double()  # (2, T, V)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    return None if name == "as-is" else getattr(torch, name)
+
+
+def _write(model: GPT, tokenizer: Tokenizer, to: str, target: Path, name: str) -> Path:
+    """The folder in the layout that `to` names, complete or not at all."""
     with complete_folder(target) as aside:
-        if config.to == "gguf":
-            gguf_writer.write(model, tokenizer, aside / GGUF_FILE, name=Path(config.model).name)
+        if to == "gguf":
+            gguf_writer.write(model, tokenizer, aside / GGUF_FILE, name=name)
         else:
             tokenizer.save(aside)
-        if config.to == "glassgpt":
+        if to == "glassgpt":
             weights.save(model, aside)
-        elif config.to == "hf":
+        elif to == "hf":
             weights.save_hf(model, aside, tokenizer.end_id, begin_id=tokenizer.begin_id)
             _save_hf_tokenizer_facts(aside, tokenizer, model.config.context_tokens)
     print(f"wrote {target}")

@@ -1,4 +1,4 @@
-"""Knobs of `glassgpt download` and `glassgpt export`."""
+"""Knobs of `glassgpt download`, `glassgpt export` and `glassgpt merge`."""
 
 from __future__ import annotations
 
@@ -31,3 +31,20 @@ class Export:
     gguf: model.gguf, tokenizer included, which llama.cpp runs; glassgpt: our own (model.json in place of config.json)."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
     """Precision of the written weights; as-is keeps that of the source."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Add an adapter to the weights of its base model and write the sum, a plain model.
+
+    Prints how far the logits of the sum are from those of base and adapter side by side: nothing but rounding.
+    """
+
+    adapter: Annotated[str, Positional, arg(metavar="ADAPTER")]
+    """A folder with adapter_config.json (ours or `peft`'s), or a run that was tuned with adapters."""
+    out_dir: str
+    """Folder to make; it must not exist."""
+    to: Literal["glassgpt", "hf", "gguf"] = "glassgpt"
+    """Layout, as `glassgpt export` has them."""
+    dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
+    """Precision of the written weights; as-is keeps that of the base."""

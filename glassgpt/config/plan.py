@@ -13,7 +13,7 @@ from glassgpt.config.errors import UserError, check_at_least
 
 @dataclass(frozen=True)
 class Plan:
-    """What training a model takes, before anything is run: parameters, operations, memory of a GPU, time and money."""
+    """What training or tuning a model takes, before anything is run: parameters, operations, memory, time and money."""
 
     model: Annotated[str, Positional, arg(metavar="MODEL")] = "gpt2"
     """A preset (gpt2, gpt3-175b, mixtral-8x7b, ...), or whatever `glassgpt info` takes: its shape is what counts."""
@@ -29,6 +29,8 @@ class Plan:
     """How several share the model, as in `pretrain`: ddp, everything on each; fsdp, weights, gradients and state divided."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw for everything, or muon for the blocks' matrices."""
+    lora_rank: int = 0
+    """Tune with adapters of this rank beside every matrix of the blocks, as `sft --lora.rank` does; 0 trains all weights."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the forward pass; weights, gradients and state are float32 either way."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -36,7 +38,8 @@ class Plan:
     gpu_memory_gb: float = 80.0
     """Memory of one GPU, in 10^9 bytes."""
     training_tokens: float | None = None
-    """Tokens to train on, such as 300e9; 20 for each active parameter when not given (Hoffmann et al. 2022)."""
+    """Tokens to train on, such as 300e9. When not given: 20 for each active parameter (Hoffmann et al. 2022), a million for
+    adapters, of which no law tells how many they need."""
     peak_tflops: float = 989.0
     """Operations a second of one GPU at its best, in 10^12 (an H100's bf16 without sparsity; an A100 has 312)."""
     mfu: float = 0.4
@@ -50,6 +53,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "batch_size", "context_tokens", "accumulation_steps", "gpus", "training_tokens")
+        check_at_least(0, self, "lora_rank")
+        if self.lora_rank and self.gpus > 1 and self.strategy == "fsdp":
+            raise UserError("adapters are trained whole on every GPU, not divided by fsdp; give --strategy ddp, or --gpus 1")
         for name in ("gpu_memory_gb", "peak_tflops", "training_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -18,9 +18,9 @@ import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from glassgpt.config import UserError
 from glassgpt.text import END_OF_TEXT
@@ -56,40 +56,44 @@ def _find(source: str) -> Iterator[str]:
     if source == EMBEDDED:
         return embedded()
     if source.startswith(HUB):
-        return _of_dataset(source, *_parse(source))
+        return _of_dataset(source, dataset_of(source))
+    given = f"a text, JSONL or Parquet file, a folder of them, {HUB}OWNER/NAME, or `{EMBEDDED}`"
+    return itertools.chain.from_iterable(map(_of_file, files_of(source, SUFFIXES, given)))
+
+
+def files_of(source: str, suffixes: Sequence[str], expected: str) -> list[Path]:
+    """A file, or those of a folder that end in one of these suffixes (also .gz), by name."""
     if not os.path.exists(source):  # unlike Path.exists, no error for a name that no file can have
-        raise UserError(
-            f"{source}: no such file or folder (give a text, JSONL or Parquet file, a folder of them, {HUB}OWNER/NAME, or"
-            f" `{EMBEDDED}`)"
-        )
+        raise UserError(f"{source}: no such file or folder (give {expected})")
     path = Path(source)
     if not path.is_dir():
-        return _of_file(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file) in suffixes)
     if not files:
-        raise UserError(f"{path}: no {', '.join(SUFFIXES[:-1])} (also .gz) or {SUFFIXES[-1]} file in this folder")
-    return itertools.chain.from_iterable(map(_of_file, files))
+        raise UserError(f"{path}: no {', '.join(suffixes[:-1])} (also .gz) or {suffixes[-1]} file in this folder")
+    return files
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """What a file's name ends in, without .gz."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
 def _of_file(path: Path) -> Iterator[str]:
-    match _suffix(path):
+    match suffix_of(path):
         case ".parquet":
             yield from _of_parquet(path)
         case ".jsonl":
             yield from _of_jsonl(path)
         case _:
-            parts = _split(_read(path), END_OF_TEXT, LARGEST_DOCUMENT_CHARACTERS)
+            parts = _split(read_text(path), END_OF_TEXT, LARGEST_DOCUMENT_CHARACTERS)
             yield from (part.strip("\n") for part in parts)
 
 
 # ---------------------------------------------------------------------- text and JSONL
 
 
-def _read(path: Path) -> Iterator[str]:
+def read_text(path: Path) -> Iterator[str]:
     """The text of a file in blocks of about READ_BYTES, without byte order mark, CRLF as LF."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     size, text, at_start = 0, "", True
@@ -155,20 +159,29 @@ def _cut(text: str, largest: int) -> list[str]:
 
 
 def _of_jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_split(_read(path), "\n"), 1):
+    for number, record, line in json_lines(path, read_text(path)):
+        if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
+            raise UserError(f"{path}, line {number}: expected an object with a string field `text`; got {line[:60]}")
+        check_unicode(record["text"], f"{path}, line {number}: `text`")
+        yield record["text"]
+
+
+def json_lines(path: Path, blocks: Iterable[str]) -> Iterator[tuple[int, Any, str]]:
+    """(number, value, text) of every line of JSON in a file's text; lines of white space are counted and passed over."""
+    for number, line in enumerate(_split(blocks, "\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, thousands of brackets
             raise UserError(f"{path}, line {number}: not JSON: {getattr(error, 'msg', error)}") from error
-        if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
-            raise UserError(f"{path}, line {number}: expected an object with a string field `text`; got {line[:60]}")
-        if half := re.search("[\ud800-\udfff]", record["text"]):
-            raise UserError(
-                f"{path}, line {number}: `text` holds {half[0]!r}, half of a surrogate pair, which is not Unicode text"
-            )
-        yield record["text"]
+        yield number, value, line
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raise UserError for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{what} holds {half[0]!r}, half of a surrogate pair, which is not Unicode text")
 
 
 # ---------------------------------------------------------------------- Parquet and datasets
@@ -183,21 +196,32 @@ def _extra(module: str, source: object) -> Any:
 
 
 def _of_parquet(path: Path) -> Iterator[str]:
+    for row, record in enumerate(parquet_rows(path, ["text"]), 1):
+        yield _text(record["text"], path, row)
+
+
+def parquet_rows(path: Path, only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, of some of its columns or all, holding one batch at a time."""
     if path.suffix == ".gz":
         raise UserError(f"{path}: Parquet is compressed inside; gunzip this file")
     pyarrow, parquet = _extra("pyarrow", path), _extra("pyarrow.parquet", path)
-    row = 0
+    row, name = 0, ""
     try:
         # A row group can hold a million rows: without these two options the whole of it is read at once.
         with parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
             columns = file.schema_arrow.names
-            if "text" not in columns:
-                raise UserError(f"{path}: no column `text`; its columns are {', '.join(columns) or 'none'}")
-            batches = file.iter_batches(PARQUET_ROWS, columns=["text"], use_threads=False)
-            for row, cell in enumerate((cell for batch in batches for cell in batch.column(0)), 1):
-                yield _text(cell.as_py(), path, row)
+            for name in only:
+                if name not in columns:
+                    raise UserError(f"{path}: no column `{name}`; its columns are {', '.join(columns) or 'none'}")
+            for batch in file.iter_batches(PARQUET_ROWS, columns=list(only) or None, use_threads=False):
+                for place in range(len(batch)):
+                    row += 1
+                    record = {}
+                    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                        record[name] = column[place].as_py()
+                    yield record
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, row {row}: `text` is not UTF-8 at its byte {error.start}") from error
+        raise UserError(f"{path}, row {row}: `{name}` is not UTF-8 at its byte {error.start}") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot read after row {row}: {_one_line(error)}") from error
 
@@ -213,8 +237,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _parse(source: str) -> tuple[str, str | None, str]:
-    """(name, configuration, split) of an `hf:` source."""
+class Dataset(NamedTuple):
+    """What an `hf:` source names."""
+
+    name: str
+    config: str | None
+    split: str
+
+
+def dataset_of(source: str) -> Dataset:
+    """The data set that an `hf:` source names; only a folder of this machine is looked up."""
     folder, repository = r"(?:~|\.{0,2})/(?!/)[^@:]*", r"\w[\w.-]*/[\w.-]+"
     found = re.fullmatch(rf"{HUB}({folder}|{repository})(?:@([^@:]+))?(?::(\w+(?:\.\w+)*))?", source)
     if not found:
@@ -226,28 +258,38 @@ def _parse(source: str) -> tuple[str, str | None, str]:
             raise UserError(f"{source}: no folder {name}")
     else:
         name = f"hf://datasets/{name}"  # never a folder that happens to be called like a dataset
-    return name, config or None, split or "train"
+    return Dataset(name, config or None, split or "train")
 
 
-def _of_dataset(source: str, name: str, config: str | None, split: str) -> Iterator[str]:
-    """Rows of a dataset, through `datasets`, which runs no code of a dataset and holds one row group of a Parquet file."""
+def _of_dataset(source: str, dataset: Dataset) -> Iterator[str]:
+    for row, record in enumerate(dataset_rows(source, dataset, ["text"]), 1):
+        yield _text(record["text"], source, row)
+
+
+def dataset_rows(source: str, dataset: Dataset, only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset, of some of its columns or all.
+
+    They come through `datasets`, which runs no code of a dataset and holds one row group of a Parquet file.
+    """
     datasets = _extra("datasets", source)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell a server of every dataset that is opened, local ones too
     _extra("huggingface_hub", source).constants.HF_HUB_DISABLE_TELEMETRY = True
     endpoint, is_offline = datasets.config.HF_ENDPOINT, datasets.config.HF_HUB_OFFLINE
     row = 0
     try:
-        splits = datasets.load_dataset(name, config, streaming=True)
-        if split not in splits:
-            raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}: write one after a colon")
-        rows = splits[split]
-        columns = rows.column_names or ["text"]  # known only after the first row in some formats
-        if "text" not in columns:
-            raise UserError(f"{source}: no column `text`; its columns are {', '.join(columns)}")
-        for row, record in enumerate(rows.select_columns(["text"]) if rows.column_names else rows, 1):
-            if "text" not in record:
-                raise UserError(f"{source}, row {row}: no field `text`; its fields are {', '.join(record)}")
-            yield _text(record["text"], source, row)
+        splits = datasets.load_dataset(dataset.name, dataset.config, streaming=True)
+        if dataset.split not in splits:
+            raise UserError(f"{source}: no split {dataset.split!r}; it has {', '.join(splits)}: write one after a colon")
+        rows = splits[dataset.split]
+        columns = rows.column_names or only  # known only after the first row in some formats
+        for name in only:
+            if name not in columns:
+                raise UserError(f"{source}: no column `{name}`; its columns are {', '.join(columns)}")
+        for row, record in enumerate(rows.select_columns(list(only)) if only and rows.column_names else rows, 1):
+            for name in only:
+                if name not in record:
+                    raise UserError(f"{source}, row {row}: no field `{name}`; its fields are {', '.join(record)}")
+            yield record
     except UserError:
         raise
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -256,7 +298,7 @@ def _of_dataset(source: str, name: str, config: str | None, split: str) -> Itera
             f" {_one_line(error)}"
         ) from error
     except Exception as error:  # of httpx, huggingface_hub, pyarrow, pandas, by format and version
-        if is_offline and name.startswith("hf://"):
+        if is_offline and dataset.name.startswith("hf://"):
             raise UserError(f"{source}: HF_HUB_OFFLINE is set, so it cannot be fetched; unset it") from error
         if isinstance(error, ConnectionError):
             raise UserError(

@@ -346,7 +346,7 @@ class Terminal:
         if not has_own:
             print(NO_TEMPLATE)
         if self._talk.turns:
-            self._note(f"{len(self._talk.turns) // 2} earlier turns")
+            self._note(f"after {_turns(self._talk)}")
         self._note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends")
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while self._take_line():
@@ -379,7 +379,7 @@ class Terminal:
     def _answer(self, turn: Turn) -> None:
         if turn.forgotten and not self._talk.forgotten:
             self._note(_full(self._talk, turn))
-        _print_piece(_painted("Assistant: ", BOLD))
+        print(_painted("Assistant: ", BOLD), end="", flush=True)
         reply = self._talk.answer(turn, _print_piece)
         print()
         if reply.finish_reason == "stopped":
@@ -409,7 +409,7 @@ class Terminal:
             raise UserError(f"{path} exists and is not overwritten; give another name")
         save(path, self._talk.messages)
         self._own_files.add(path.resolve())
-        self._note(f"{len(self._talk.turns) // 2} turns are in {path}")
+        self._note(f"{_turns(self._talk)} saved in {path}")
 
     def _help(self, _: str) -> None:
         for name, says in HELP.items():
@@ -417,6 +417,11 @@ class Terminal:
 
     def _note(self, text: str) -> None:
         print(_painted(f"({text})", DIM))
+
+
+def _turns(conversation: Conversation) -> str:
+    count = len(conversation.turns) // 2
+    return "1 turn" if count == 1 else f"{count} turns"
 
 
 def _painted(text: str, style: str, *, hidden: bool = False) -> str:

@@ -20,6 +20,8 @@ from glassgpt.lab.plan_check import Check, check
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens for each parameter (Hoffmann et al. 2022, table 3: about 20 at every size)."""
+TUNING_TOKENS = 1e6
+"""With adapters, where no number is given: what a few thousand examples have."""
 HEADROOM = 0.1
 """Share of a GPU's memory left to the allocator's gaps, the kernels' own buffers and the framework."""
 HOUR, DAY = 3600.0, 86400.0
@@ -31,10 +33,16 @@ class Estimate:
 
     parameters: int
     active: int
-    """Parameters that one token meets."""
+    """Parameters that one token meets, adapters apart."""
+    adapters: int
+    """Parameters of the adapters, 0 without; they come on top of `parameters`."""
+    trained: int
+    """Parameters that are trained: the adapters alone where there are some."""
+    trained_share: float
+    """Of all, adapters included."""
     context_tokens: int
     forward_flops: int
-    """A token, as papers count: training_flops / 3."""
+    """A token, as papers count: `cost.forward_flops`."""
     training_flops: int
     """A token: `cost.training_flops`."""
     attention_share: float
@@ -66,7 +74,7 @@ def plan(config: Plan) -> Estimate:
     """
     shape, _ = resolve(config.model)
     found = estimate(shape, config)
-    checked = check(shape, config.optimizer) if config.check else None
+    checked = check(shape, config.optimizer, config.lora_rank) if config.check else None
     if config.json:
         print(json.dumps(as_json(found, config) | ({"check": dataclasses.asdict(checked)} if checked else {})))
         return found
@@ -79,7 +87,7 @@ def plan(config: Plan) -> Estimate:
 
 def estimate(shape: ModelConfig, config: Plan) -> Estimate:
     """The arithmetic of a plan. Raises UserError when sequences are longer than the model's context."""
-    B, T = config.batch_size, config.context_tokens or shape.context_tokens
+    B, T, rank = config.batch_size, config.context_tokens or shape.context_tokens, config.lora_rank
     if shape.context_tokens < T:
         raise UserError(f"this model's context is {shape.context_tokens} tokens; got context_tokens {T}")
     kernel: cost.Kernel = "blocked" if config.device == "cpu" else "fused"
@@ -90,27 +98,32 @@ def estimate(shape: ModelConfig, config: Plan) -> Estimate:
         precision=config.precision,
         kernel=kernel,
         on_cpu=config.device == "cpu",
+        lora_rank=rank,
         optimizer=config.optimizer,
         ranks=config.gpus,
         strategy=config.strategy,
     )
-    training = cost.training_flops(shape, T)
-    matrices = 6 * (shape.n_layer * cost.block_entries(shape) + shape.vocab_size * shape.width)
-    active = cost.active_parameters(shape)
-    tokens = config.training_tokens or float(TOKENS_PER_PARAMETER * active)
+    training = cost.training_flops(shape, T, rank)
+    parameters, active = cost.parameters(shape), cost.active_parameters(shape)
+    adapters = cost.adapter_parameters(shape, rank)
+    trained = adapters if rank else parameters
+    tokens = config.training_tokens or (TUNING_TOKENS if rank else float(TOKENS_PER_PARAMETER * active))
     seconds = training * tokens / (config.gpus * config.peak_tflops * 1e12 * config.mfu)
     return Estimate(
-        parameters=cost.parameters(shape),
+        parameters=parameters,
         active=active,
+        adapters=adapters,
+        trained=trained,
+        trained_share=trained / (parameters + adapters),
         context_tokens=T,
-        forward_flops=training // 3,
+        forward_flops=cost.forward_flops(shape, T, rank),
         training_flops=training,
-        attention_share=1 - matrices / training,
-        kernel_flops=cost.step_flops(shape, B, T, kernel).total // (B * T),
-        kernel_flops_checkpointed=cost.step_flops(shape, B, T, kernel, checkpoint=True).total // (B * T),
+        attention_share=cost.attention_share(shape, T, rank),
+        kernel_flops=cost.step_flops(shape, B, T, kernel, lora_rank=rank).total // (B * T),
+        kernel_flops_checkpointed=cost.step_flops(shape, B, T, kernel, checkpoint=True, lora_rank=rank).total // (B * T),
         kept=cost.training_memory(shape, setup),
         checkpointed=cost.training_memory(shape, dataclasses.replace(setup, checkpoint=True)),
-        inference_weights=2 * cost.parameters(shape),
+        inference_weights=2 * parameters,
         kv_cache=2 * cost.cache_numbers(shape, B, T),
         training_tokens=tokens,
         seconds=seconds,
@@ -142,10 +155,20 @@ def _show(console: Console, found: Estimate, shape: ModelConfig, config: Plan) -
     active = "" if found.active == found.parameters else f", {found.active:,} of them active"
     console.print(f"[bold]{config.model}[/bold]  {found.parameters:,} parameters{active}")
 
+    if config.lora_rank:
+        console.print(
+            f"adapters of rank {config.lora_rank} beside every matrix of the blocks: {found.trained:,} parameters are trained,"
+            f" {found.trained_share:.2%} of all"
+        )
+
     console.print("\nFloating-point operations of a token", style="bold")
     table = _table("", "", ">")
     table.add_row("forward", "2 a parameter met, and attention", _flops(found.forward_flops))
-    table.add_row("training", "3 x forward, as papers count", _flops(found.training_flops))
+    table.add_row(
+        "training",
+        "no gradient of what is frozen" if found.adapters else "3 x forward, as papers count",
+        _flops(found.training_flops),
+    )
     table.add_row("of it attention", f"between {found.context_tokens:,} tokens", f"{found.attention_share:.1%}")
     table.add_row("as computed", "hidden pairs and recomputed scores too", _flops(found.kernel_flops))
     table.add_row("with checkpointing", "blocks computed twice", _flops(found.kernel_flops_checkpointed))
@@ -154,7 +177,8 @@ def _show(console: Console, found: Estimate, shape: ModelConfig, config: Plan) -
 
     console.print("\nTime and money", style="bold")
     table = _table("", "", ">")
-    of = "as given" if config.training_tokens else f"{TOKENS_PER_PARAMETER} for each active parameter"
+    assumed = "a million, to scale from" if found.adapters else f"{TOKENS_PER_PARAMETER} for each active parameter"
+    of = "as given" if config.training_tokens else assumed
     table.add_row("tokens", of, _count(found.training_tokens))
     table.add_row("operations", "tokens x training", _flops(found.training_flops * found.training_tokens))
     rate = config.gpus * config.peak_tflops * config.mfu
@@ -172,8 +196,8 @@ def _show_memory(console: Console, found: Estimate, config: Plan) -> None:
     both = (found.kept, found.checkpointed)
     table = _table("to train", "", ">all kept", ">checkpointing")
     rows = [
-        ("weights", "float32", "weights"),
-        ("gradients", "float32", "gradients"),
+        ("weights", "float32, with the adapters" if found.adapters else "float32", "weights"),
+        ("gradients", "of the adapters" if found.adapters else "float32", "gradients"),
         (f"{'AdamW' if config.optimizer == 'adamw' else 'Muon'}'s state", "float32", "optimizer"),
         ("activations", "kept for the backward pass", "activations"),
         ("exchange", "gathered weights, buckets", "exchange"),
@@ -190,7 +214,7 @@ def _show_memory(console: Console, found: Estimate, config: Plan) -> None:
     console.print(table)
     console.print()
     table = _table("to generate", "", ">bfloat16")
-    table.add_row("weights", "", decimal(found.inference_weights))
+    table.add_row("weights", "adapters merged" if found.adapters else "", decimal(found.inference_weights))
     table.add_row("keys and values", f"{config.batch_size:,} x {found.context_tokens:,} tokens", decimal(found.kv_cache))
     console.print(table)
 

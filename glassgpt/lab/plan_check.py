@@ -29,10 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from glassgpt.config import ModelConfig, OptimConfig, ParallelConfig, UserError
 from glassgpt.config.errors import first_line
 from glassgpt.config.files import from_plain, to_plain
+from glassgpt.config.tuning import LoraConfig
 from glassgpt.interpret import cost
 from glassgpt.interpret.cost import Precision, Setup
 from glassgpt.loading import pick_device
-from glassgpt.model import GPT, plain, use_attention
+from glassgpt.model import GPT, lora, plain, use_attention
 from glassgpt.train import machine, optim, parallel
 from glassgpt.train.loss import Scored
 
@@ -96,8 +97,10 @@ class Check:
     law: tuple[LawRow, ...]
 
 
-def check(config: ModelConfig, optimizer: Literal["adamw", "muon"] = "adamw") -> Check:
+def check(config: ModelConfig, optimizer: Literal["adamw", "muon"] = "adamw", lora_rank: int = 0) -> Check:
     """Train a small model of the same make for a few steps, in every way; tell predicted and measured side by side.
+
+    With a rank, its adapters alone.
 
     Raises UserError when a process ends before its time.
     """
@@ -109,8 +112,11 @@ def check(config: ModelConfig, optimizer: Literal["adamw", "muon"] = "adamw") ->
         shape=to_plain(shape),
         batch_size=BATCH_SIZE,
         context_tokens=CONTEXT_TOKENS,
-        memory=tuple(memory_row(shape, p, checkpoint=c, micro_batches=m, optimizer=optimizer, device=device) for p, c, m in ways),
-        flops=flops_rows(shape),
+        memory=tuple(
+            memory_row(shape, p, checkpoint=c, micro_batches=m, optimizer=optimizer, device=device, lora_rank=lora_rank)
+            for p, c, m in ways
+        ),
+        flops=flops_rows(shape, lora_rank=lora_rank),
         law=attention_law(shape),
     )
 
@@ -155,6 +161,7 @@ def memory_row(
     micro_batches: int,
     optimizer: Literal["adamw", "muon"],
     device: torch.device,
+    lora_rank: int = 0,
 ) -> MemoryRow:
     """The predicted and the measured peak of one way to train."""
     setup = Setup(
@@ -166,6 +173,7 @@ def memory_row(
         on_cpu=device.type == "cpu",
         checkpoint=checkpoint,
         optimizer=optimizer,
+        lora_rank=lora_rank,
     )
     predicted = cost.training_memory(shape, setup).peak
     measured = measure(shape, setup, micro_batches, device)
@@ -210,9 +218,9 @@ def _measured(task: dict[str, Any]) -> int:
 
 
 def _train(shape: ModelConfig, setup: Setup, micro_batches: int, device: torch.device) -> None:
-    """Steps as `pretrain` makes them, on random tokens."""
+    """Steps as `pretrain` makes them, or with adapters as `sft` does, on random tokens."""
     torch.manual_seed(0)
-    model = GPT(shape).to(device)
+    model = _model(shape, setup.lora_rank).to(device)
     use_attention(model, machine.attend_by(device))
     trained = parallel.spread(
         Scored(model), ParallelConfig(), parallel.Ranks(device), compiled=False, checkpoint_activations=setup.checkpoint
@@ -230,15 +238,22 @@ def _train(shape: ModelConfig, setup: Setup, micro_batches: int, device: torch.d
             optimizer.zero_grad(set_to_none=True)
 
 
+def _model(shape: ModelConfig, lora_rank: int) -> GPT:
+    model = GPT(shape)
+    if lora_rank:
+        lora.add(model, LoraConfig(rank=lora_rank), seed=0)
+    return model
+
+
 # ---------------------------------------------------------------------- floating-point operations
 
 
-def flops_rows(shape: ModelConfig, batch_size: int = 2) -> tuple[FlopsRow, ...]:
+def flops_rows(shape: ModelConfig, batch_size: int = 2, lora_rank: int = 0) -> tuple[FlopsRow, ...]:
     """Forward pass, step and step with checkpointing, predicted and counted, for a CPU's attention in blocks."""
     device, T, rows = torch.device("cpu"), shape.context_tokens, []
     for checkpoint in (False, True):
-        expected = cost.step_flops(shape, batch_size, T, "blocked", checkpoint=checkpoint)
-        model = GPT(shape)
+        expected = cost.step_flops(shape, batch_size, T, "blocked", checkpoint=checkpoint, lora_rank=lora_rank)
+        model = _model(shape, lora_rank)
         use_attention(model, machine.attend_by(device))
         trained = parallel.spread(
             Scored(model), ParallelConfig(), parallel.Ranks(device), compiled=False, checkpoint_activations=checkpoint

@@ -46,6 +46,7 @@ class LoraLinear(nn.Module):
         self.alpha = alpha
         self.drop = nn.Dropout(dropout)
         self.is_on = True
+        self.train(base.training)
 
     @property
     def rank(self) -> int:
@@ -316,7 +317,7 @@ def read_settings(folder: Path) -> Settings:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object")
     ours = {f.name for f in dataclasses.fields(Settings)}
-    for name, value in ({"peft_type": None} | values).items():
+    for name, value in {"peft_type": "", **values}.items():
         if name in NEEDS and value not in NEEDS[name]:
             raise UserError(f"{path}: {name} = {value!r} cannot be represented; expected {' or '.join(map(repr, NEEDS[name]))}")
         if value and name not in NEEDS and name not in ours and name not in HARMLESS:

@@ -48,7 +48,9 @@ def _train(config: Grpo, ranks: Ranks) -> Path:
                 objectives.group_advantages(some.view(-1, config.group_size), config.scale).view(-1, 1) for some in seen.scores
             ]  # (B, 1) each
             weights = [
-                objectives.grpo_weights(batch.is_token, config.average, config.max_new_tokens, seen.tokens, sampler.answers)
+                objectives.grpo_weights(
+                    batch.is_token, config.average, config.max_new_tokens, seen.tokens, sampler.answers, advantages[0].dtype
+                )
                 for batch in seen.batches
             ]  # (B, T) each
             for _ in range(config.updates):
@@ -59,7 +61,7 @@ def _train(config: Grpo, ranks: Ranks) -> Path:
                     with low_precision:
                         logp = sampler.logps(batch)  # (B, T)
                     loss, clipped = objectives.clipped_policy(logp, old, advantage, config.clip)
-                    part = (weight * (loss + config.beta * objectives.k3(logp, start))).sum()
+                    part = (weight * (loss + config.beta * objectives.k3(logp, start, old))).sum()
                     part.backward()
                     total += part.item()
                     outside += float((clipped * batch.is_token).sum())

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from glassgpt.model.gpt import capped
 from glassgpt.train.loss import IGNORE
 
-CHUNK_LOGITS = 2**25
-"""Logits that exist at once in `token_logprobs`: 128 MiB in float32, 667 positions of a vocabulary of 50,257."""
+CHUNK_LOGITS = 2**24
+"""Logits that exist at once in `token_logprobs`: 64 MiB in float32, 333 positions of a vocabulary of 50,257."""
 
 # ---------------------------------------------------------------------- preferences
 
@@ -263,9 +263,9 @@ def _logprobs(
     """log p(target) (n,) and entropy (n,) of rows (n, D)."""
     logits = rows @ weight.to(rows.dtype).mT  # (n, V); cast here, so that the chunks' gradients of the weight add in its own type
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    logits = capped(logits, logit_cap) / temperature
-    norm = logits.logsumexp(dim=1)  # (n,)
-    logps = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - norm
+    logits = capped(logits, logit_cap)
+    log_p = (logits if temperature == 1 else logits / temperature).log_softmax(dim=1)  # (n, V)
+    logps = -F.nll_loss(log_p, targets, reduction="none")  # (n,)
     with torch.no_grad():
-        entropy = norm - (logits.softmax(dim=1) * logits).sum(dim=1) if with_entropy else torch.zeros_like(norm)
+        entropy = -(log_p.exp() * log_p).sum(dim=1) if with_entropy else torch.zeros_like(logps)
     return logps, entropy

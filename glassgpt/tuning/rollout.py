@@ -55,6 +55,8 @@ def write(
 
     `n_ids` is the tokenizer's vocabulary. Dropout is off while it writes; the model is left in the mode it was in.
     """
+    if not prompts:
+        return []
     was_training = model.training
     model.eval()
     rows = max(1, BATCH_TOKENS // (max(map(len, prompts)) + max_new_tokens))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from glassgpt.config import ParallelConfig
 from glassgpt.config.tuning import Sft
-from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 from glassgpt.train import machine, optim, parallel
 from glassgpt.train.loss import Scored
@@ -19,7 +19,8 @@ from glassgpt.train.session import Session, joined
 from glassgpt.tuning import examples, rollout, stage
 from glassgpt.tuning.examples import Example, Order, Rows, collate
 
-SAMPLE_TOKENS = 64
+ANSWERS, ANSWER_TOKENS = 32, 96
+"""Held-out instructions that are answered at every measurement, and the longest answer."""
 
 
 def sft(config: Sft) -> Path:
@@ -52,8 +53,7 @@ def _train(config: Sft, ranks: Ranks) -> Path:
         for line in stage.told(audit):
             session.say(line)
         if session.step == 0:
-            loss = measure(scored, held.examples, config.batch_size, ranks)
-            session.say(f"before: held-out loss {loss:.4f} nats per token of the responses ({len(held.examples)} examples)")
+            session.say(f"before: {said(look(scored, held.examples, ends, tokenizer, config, ranks))}")
         for step in session.steps():
             batches = []
             for micro in range(micro_batches):
@@ -70,9 +70,8 @@ def _train(config: Sft, ranks: Ranks) -> Path:
             total = session.update(nats, count, lambda batches=batches: worst(scored, batches, ranks))  # type: ignore[misc]
             entry = session.entry(total, count)
             if session.is_due(config.eval_interval):
-                entry["val_loss"] = measure(scored, held.examples, config.batch_size, ranks)
-                session.say(f"step {step + 1}: held-out loss {entry['val_loss']:.4f} nats per token of the responses")
-                entry["sample"] = ranks.first(lambda: sample(model, held.examples[0], ends, config.seed, tokenizer))
+                entry |= look(scored, held.examples, ends, tokenizer, config, ranks)
+                session.say(f"step {step + 1}: {said(entry)}")
                 session.progress.show_sample(step + 1, entry["sample"])
             session.finish(entry, f"{sum(batch.ids.numel() for batch in batches) * ranks.world / entry['seconds']:,.0f} tokens/s")
     return Path(config.out_dir)
@@ -108,10 +107,25 @@ def worst(scored: nn.Module, batches: list[Rows], ranks: Ranks) -> str:
     return f"{place} ({loss:.2f} nats a token)"
 
 
-def sample(model: GPT, example: Example, ends: list[int], seed: int, tokenizer: Tokenizer) -> str:
-    """The model's likeliest answer to the instruction of a held-out example."""
-    prompt = example.ids[: example.mask.index(True)]
-    (answer,) = rollout.write(
-        model, [prompt], ends, [seed], max_new_tokens=SAMPLE_TOKENS, n_ids=tokenizer.vocab_size, temperature=0
+def look(
+    scored: Scored, held_out: list[Example], ends: list[int], tokenizer: Tokenizer, config: Sft, ranks: Ranks
+) -> dict[str, Any]:
+    """Held-out loss, `val_format`, the share of likeliest answers that say something and end by themselves, and one of them."""
+    loss = measure(scored, held_out, config.batch_size, ranks)
+    asked = held_out[:ANSWERS]
+    every = [example.ids[: example.mask.index(True)] for example in asked]
+    prompts = every[ranks.rank :: ranks.world]
+    room = scored.model.config.context_tokens - max(map(len, every))
+    n_ids, limit = tokenizer.vocab_size, max(1, min(ANSWER_TOKENS, room))
+    answers = rollout.write(scored.model, prompts, ends, [0] * len(prompts), max_new_tokens=limit, n_ids=n_ids, temperature=0)
+    good = sum(answer.is_whole and len(answer.ids) > 1 for answer in answers)
+    texts = [tokenizer.decode([i for i in answer.ids if i not in ends]) for answer in answers]
+    (share,) = ranks.total([good / len(asked)])
+    return {"val_loss": loss, "val_format": share, "sample": ranks.gather(texts)[0][0]}
+
+
+def said(found: dict[str, Any]) -> str:
+    return (
+        f"held-out loss {found['val_loss']:.4f} nats per token of the responses; {found['val_format']:.0%} of the likeliest"
+        " answers say something and end by themselves"
     )
-    return tokenizer.decode(answer.ids if answer.ids[-1] not in ends else answer.ids[:-1])

@@ -111,6 +111,7 @@ TEMPLATES = {
     "marked": MARKED,
     "marked loosely": MARKED_LOOSELY,
 }
+ENCODE = Tokenizer.encode  # as it is, whatever a mutant makes of it
 ENDS = {name: template.end for name, template in TEMPLATES.items()}
 CLEAN_BORDERS = ("ours", "ChatML", "Gemma", "marked")
 """Where no token of the whole text begins in one message and ends outside it, and none would with another beside it."""
@@ -191,7 +192,7 @@ def faults(messages: Sequence[Message], tokenizer: Tokenizer) -> set[str]:
     answers = [message.content for message in messages if message.role == "assistant"]
     if [tokenizer.decode(ids).removesuffix(template.end).strip() for ids in learnt(encoded)] != [a.strip() for a in answers]:
         found.add("other words are learnt than the answers")
-    end = tokenizer.pieces().index(template.end)
+    (end,) = ENCODE(tokenizer, template.end, allow_special=True)
     if any(ids[-1] != end or ids.count(end) != 1 for ids in learnt(encoded)):
         found.add("the end is not learnt once an answer")
     harmless = chat.render([message._replace(content="a") for message in messages], tokenizer)

@@ -530,25 +530,27 @@ def human_eval(shared: Path) -> list[dict[str, str]]:
         return [json.loads(line) for line in file]
 
 
-def check_human_eval(rows: list[dict[str, str]]) -> None:
+def check_human_eval(rows: list[dict[str, str]], thorough: bool = False) -> None:
     for row in rows:
         solution, prompt = row["canonical_solution"], row["prompt"]
         signature = f"def {row['entry_point']}" + prompt.rpartition(f"def {row['entry_point']}")[2]
         assert code(prompt, solution, row) == 1.0, row["task_id"]
-        assert code(prompt, f"Here:\n```python\n{signature}{solution}```\n", row) == 1.0, row["task_id"]
-        for wrong in ("", "    return None\n", solution[: len(solution) // 2], "    import os; os._exit(0)\n"):
-            assert code(prompt, wrong, row) == 0.0, row["task_id"]
+        assert code(prompt, solution[: len(solution) // 2], row) == 0.0, row["task_id"]
+        if thorough:
+            assert code(prompt, f"Here:\n```python\n{signature}{solution}```\n", row) == 1.0, row["task_id"]
+            for wrong in ("", "    return None\n", "    import os; os._exit(0)\n"):
+                assert code(prompt, wrong, row) == 0.0, row["task_id"]
 
 
 def test_solutions_of_human_eval(shared: Path) -> None:
-    check_human_eval(human_eval(shared)[::12])
+    check_human_eval(human_eval(shared)[::7])
 
 
 @pytest.mark.slow
 def test_all_solutions_of_human_eval(shared: Path) -> None:
     rows = human_eval(shared)
     assert len(rows) == 164
-    check_human_eval(rows)
+    check_human_eval(rows, thorough=True)
 
 
 # ---------------------------------------------------------------------- names
@@ -629,7 +631,8 @@ def test_no_reward_and_the_same_twice() -> None:
 )
 def test_modules_that_cannot_be_imported(source: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("bad.py").write_text(source)
-    monkeypatch.setattr(rewards, "OPENING_SECONDS", 1.0)
+    if "while" in source:
+        monkeypatch.setattr(rewards, "OPENING_SECONDS", 1.0)
     with pytest.raises(UserError, match=message):
         Rewards(["bad:f"])
 
@@ -867,9 +870,9 @@ def test_the_children_of_a_function_end_with_it() -> None:
 
 
 def test_time_is_counted_for_each_call_and_not_for_the_batch() -> None:
-    Path("steady.py").write_text("import time\ndef f(prompt, response):\n    time.sleep(0.2)\n    return 1.0\n")
+    Path("steady.py").write_text("import time\ndef f(prompt, response):\n    time.sleep(0.25)\n    return 1.0\n")
     with Rewards(["steady:f"], seconds=0.7) as opened:
-        assert len(opened([make()] * 5)) == 5
+        assert len(opened([make()] * 3)) == 3
 
 
 def test_long_texts_are_shortened_in_errors() -> None:
@@ -915,13 +918,13 @@ def test_a_mistake_in_the_process_is_noticed(mistake: str, monkeypatch: pytest.M
         return start([*command[:2], "copy_of_reward_worker"] if "-m" in command else command, **rest)
 
     monkeypatch.setattr(subprocess, "Popen", start_copy)
-    monkeypatch.setattr(rewards, "GRACE_SECONDS", 0.5)
     copy, package = folder / "copy_of_reward_worker.py", f"Path({str(Path(reward_worker.__file__).parents[1])!r})"
     source = source.replace("Path(__file__).parents[1]", package)
     copy.write_text(source)
     assert holds()
     assert right in source
     copy.write_text(source.replace(right, wrong))
+    monkeypatch.setattr(rewards, "GRACE_SECONDS", 0.3)
     survives = False
     with contextlib.suppress(AssertionError, UserError, ValueError, pytest.fail.Exception):  # nothing to be read comes back
         survives = holds()
@@ -931,17 +934,17 @@ def test_a_mistake_in_the_process_is_noticed(mistake: str, monkeypatch: pytest.M
 # ---------------------------------------------------------------------- the parent ends
 
 PARENT = """
-import contextlib, os, sys, time
+import os, signal, sys, time
 os.chdir(sys.argv[1])
 from glassgpt.text.chat import Message
 from glassgpt.tuning.rewards import Answer, Rewards
 name, seconds, what = sys.argv[2:5]
-stop = contextlib.nullcontext()
-if what == "stop":
-    from glassgpt.train.guard import Stop as stop
-with Rewards([name], seconds=float(seconds)) as rewards, stop() if what == "stop" else stop as noted:
+noted = []
+if what == "note":  # as a training loop does
+    signal.signal(signal.SIGINT, lambda number, frame: noted.append(int(number)))
+with Rewards([name], seconds=float(seconds)) as rewards:
     answer = Answer((Message("user", "p"),), "x = 1", "line 1", {"test": "import time; time.sleep(100)"})
-    print(rewards([answer])[0].total, noted and int(noted.signal), flush=True)
+    print(rewards([answer])[0].total, noted, flush=True)
     if what == "wait":
         time.sleep(100)
     if what == "leave":
@@ -955,7 +958,7 @@ def test_no_orphan_is_left_when_the_parent_is_ended(
     number: signal.Signals, name: str, folder: Path, start_python: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """In the middle of a function that holds the interpreter's lock, and between two calls."""
-    with start_python(PARENT, folder, name, 1.5, "wait") as parent:
+    with start_python(PARENT, folder, name, 0.8, "wait") as parent:
         worker = pid_in("pid")
         assert not is_gone(worker)
         parent.send_signal(number)
@@ -999,9 +1002,9 @@ def test_the_program_of_a_code_reward_ends_with_an_interrupt(folder: Path, start
 
 def test_the_first_ctrl_c_lets_a_reward_finish(folder: Path) -> None:
     """A terminal sends it to every process of the foreground; the training loop notes it and ends after the step."""
-    command = [sys.executable, "-c", PARENT, str(folder), "mine:slow", "20", "stop"]
+    command = [sys.executable, "-c", PARENT, str(folder), "mine:slow", "20", "note"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0) as parent:
         pid_in("pid")
         os.killpg(parent.pid, signal.SIGINT)
         out, errors = parent.communicate(timeout=30)
-    assert (out, errors, parent.returncode) == ("1.0 2\n", "", 0)
+    assert (out, errors, parent.returncode) == ("1.0 [2]\n", "", 0)
