@@ -36,7 +36,10 @@ def inspect(config: Inspect) -> dict[str, Any]:
     records = reading.read(config.files)
     texts = encoded(records, tokenizer, config.template)
     ends = examples.end_ids(tokenizer, config.template)
-    audit = examples.fit(texts, config.max_tokens or context, config.overlong, ends)
+    if records[0].shape == "prompt":  # for reinforcement learning: the model will write the answers
+        audit = Audit(texts)
+    else:
+        audit = examples.fit(texts, config.max_tokens or context, config.overlong, ends)
     facts = summary(audit, records)
     if config.chart:
         plot_lengths(audit, Path(config.chart))
@@ -87,9 +90,9 @@ def _show(
     config: Inspect, facts: dict[str, Any], audit: Audit, records: Sequence[Record], tokenizer: Tokenizer, console: Console
 ) -> None:
     for line in facts["recognised"]:
-        console.print(line, markup=False, highlight=False)
-    table = Table("", "mean", "median", "95 %", "longest", "shortest to longest")
-    for name, what in (("Q", "instruction, tokens"), ("A", "response, tokens")):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = Table("tokens", "mean", "median", "95 %", "longest", "shortest to longest")
+    for name, what in (("Q", "instruction"), ("A", "response")):
         lengths = [e.n_instruction if name == "Q" else e.n_response for e in audit.examples]
         numbers = facts[name]
         cells = [f"{numbers['mean']:.1f}", *(f"{numbers[key]:,.0f}" for key in ("median", "p95", "max"))]
@@ -101,11 +104,12 @@ def _show(
     console.print(f"{count:,} texts kept; dropped: {lost}; truncated: {facts['truncated']:,}", highlight=False)
     share = learnt / (learnt + only_read)
     console.print(f"{learnt:,} tokens are learnt ({share:.0%}), {only_read:,} only read", highlight=False)
-    ended = facts["end_token_learnt"]
-    warning = "" if ended == count else "  (the others never learn to stop)"
-    console.print(f"the end token is learnt in {ended:,} of {count:,} texts{warning}", highlight=False)
+    if learnt:
+        ended = facts["end_token_learnt"]
+        warning = "" if ended == count else "  (the others never learn to stop)"
+        console.print(f"the end token is learnt in {ended:,} of {count:,} texts{warning}", highlight=False)
     if config.show:
-        console.print("\nlearnt text is [bold green]green[/], what is only read is [dim]dim[/]; \\\\n stands for line ends")
+        console.print("\nlearnt text is [bold green]green[/], what is only read is [dim]dim[/]; \\n stands for line ends")
     for example in audit.examples[: config.show]:
         console.print(f"--- {example.place}", style="cyan", markup=False, highlight=False)
         console.print(coloured(example, tokenizer), soft_wrap=True)
