@@ -29,7 +29,8 @@ def dpo(config: Dpo) -> Path:
 def _train(config: Dpo, ranks: Ranks) -> Path:
     config = stage.opened(config, ranks)
     model, tokenizer = stage.start(config, ranks)
-    learnt, held = stage.judged(config, model, tokenizer) if config.loss == "kto" else stage.pairs(config, model, tokenizer)
+    read = stage.judged if config.loss == "kto" else stage.pairs
+    learnt, held, audit = read(config, model, tokenizer)
     low_precision = machine.autocast(ranks.device, config.precision)
     before = references(config, model, [*learnt, *held], low_precision)  # (N, 2)
     before_learnt, before_held = before[: len(learnt)], before[len(learnt) :]
@@ -40,6 +41,7 @@ def _train(config: Dpo, ranks: Ranks) -> Path:
     total_steps = stage.steps(config, order.rows_per_epoch())
     with Session("dpo", config, ranks, model, tokenizer, optimizers, total_steps, saved_as=stage.saved_as(config)) as session:
         session.say(stage.banner(config, model, ranks))
+        stage.show(session, audit)
         session.say(
             f"{len(learnt):,} {'labelled answers' if config.loss == 'kto' else 'pairs'} to learn from, {len(held):,} held out"
         )

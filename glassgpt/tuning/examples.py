@@ -112,10 +112,6 @@ class Audit:
         return sum(example.n_instruction for example in self.examples)
 
 
-class NothingLeftError(UserError):
-    """No example has anything to be learnt."""
-
-
 def fit(
     candidates: Sequence[Example], max_tokens: int, overlong: Literal["drop", "truncate", "error"], ends: Sequence[int]
 ) -> Audit:
@@ -123,36 +119,48 @@ def fit(
 
     Raises UserError for a long example under `error`, and when nothing is left to be learnt.
     """
-    audit = Audit()
-    for example in candidates:
-        if len(example.ids) > max_tokens:
-            if overlong == "error":
-                raise UserError(
-                    f"{example.place}: {example.n_instruction} tokens of instruction and {example.n_response} of response are"
-                    f" more than {max_tokens} (data.max_tokens or context); shorten it, or try --data.overlong drop or truncate"
-                )
-            if overlong == "drop":
-                audit.dropped["too long"] += 1
-                continue
-            example, is_cut = _truncated(example, max_tokens), True
-            if not example.n_response:
-                audit.dropped["its instruction alone is too long"] += 1
-                continue
-        else:
-            is_cut = False
-        if not any(example.mask[1:]):
-            audit.dropped["nothing to learn in it"] += 1
+    return fit_together([(example,) for example in candidates], max_tokens, overlong, ends)[1]
+
+
+def fit_together(
+    items: Sequence[tuple[Example, ...]], max_tokens: int, overlong: Literal["drop", "truncate", "error"], ends: Sequence[int]
+) -> tuple[list[tuple[int, tuple[Example, ...]]], Audit]:
+    """`fit` for texts that stay together: an item is kept when all of its texts are. Returns (number, texts) of the kept ones."""
+    audit, kept = Audit(), []
+    for number, item in enumerate(items):
+        texts = [example if len(example.ids) <= max_tokens else _shortened(example, max_tokens, overlong) for example in item]
+        found = [text for text in texts if isinstance(text, Example)]
+        reasons = [text for text in texts if isinstance(text, str)]
+        reasons += ["nothing to learn in it" for text in found if not any(text.mask[1:])]
+        if len(item) == 2 and item[0].ids == item[1].ids:
+            reasons.append("two equal answers")
+        if reasons:
+            audit.dropped[reasons[0]] += 1
             continue
-        audit.examples.append(example)
-        audit.truncated += is_cut
-        audit.ended += example.ids[-1] in ends and example.mask[-1]
-    if not audit.examples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in audit.dropped.items())
-        raise NothingLeftError(
-            f"nothing to learn: of {len(candidates)} examples none is left ({reasons or 'there were none'});"
+        kept.append((number, tuple(found)))
+        audit.examples += found
+        audit.truncated += sum(len(new.ids) < len(old.ids) for new, old in zip(found, item, strict=True))
+        audit.ended += sum(text.ids[-1] in ends and text.mask[-1] for text in found)
+    if not kept:
+        reasons = [f"{count} {reason}" for reason, count in audit.dropped.items()]
+        raise UserError(
+            f"nothing to learn: of {len(items)} examples none is left ({', '.join(reasons) or 'there were none'});"
             f" an example may have {max_tokens} tokens"
         )
-    return audit
+    return kept, audit
+
+
+def _shortened(example: Example, max_tokens: int, overlong: str) -> Example | str:
+    """A long example as the policy has it, or why it is dropped."""
+    if overlong == "error":
+        raise UserError(
+            f"{example.place}: {example.n_instruction} tokens of instruction and {example.n_response} of response are more"
+            f" than {max_tokens} (data.max_tokens or context); shorten it, or try --data.overlong drop or truncate"
+        )
+    if overlong == "drop":
+        return "too long"
+    cut = _truncated(example, max_tokens)
+    return cut if cut.n_response else "its instruction alone is too long"
 
 
 def _truncated(example: Example, max_tokens: int) -> Example:
@@ -187,13 +195,11 @@ class Pair(NamedTuple):
 
 
 def pairs(records: Sequence[Record], tokenizer: Tokenizer, template: str) -> list[Pair]:
-    """Records as pairs. Raises UserError, naming the place, for one that is none, and for two equal answers."""
+    """Records as pairs. Raises UserError, naming the place, for one that is none."""
     found = []
     for record in records:
         if not record.rejected:
             raise UserError(f"{record.place}: recognised as {record.shape}; pairs have fields prompt, chosen and rejected")
-        if record.chosen == record.rejected:
-            raise UserError(f"{record.place}: chosen and rejected are the same answer; there is nothing to prefer")
         chosen, rejected = (
             _named(record, record.messages, answer, tokenizer, template) for answer in (record.chosen, record.rejected)
         )

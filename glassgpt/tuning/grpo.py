@@ -37,10 +37,7 @@ def _train(config: Grpo, ranks: Ranks) -> Path:
             Session("grpo", config, ranks, model, tokenizer, optimizers, sampler.total_steps, saved_as=stage.saved_as(config))
         )
         session.say(stage.banner(config, model, ranks))
-        session.say(
-            f"{len(sampler.learnt):,} prompts to learn from, {len(sampler.held):,} held out; {config.group_size} answers to each,"
-            f" {sampler.answers} a step, worth {' + '.join(config.reward)}"
-        )
+        session.say(sampler.told())
         for step in session.steps():
             with rollout.saved_before(session):
                 seen = sampler.step(step)

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glassgpt import charts
 from glassgpt.config import UserError
 from glassgpt.config.tuning import Inspect
 from glassgpt.data import records as reading
@@ -20,10 +19,10 @@ from glassgpt.data.records import Record
 from glassgpt.loading import find
 from glassgpt.text import Tokenizer
 from glassgpt.train.run import sparkline
-from glassgpt.tuning import examples
+from glassgpt.tuning import examples, stage
 from glassgpt.tuning.examples import Audit, Example
 
-BINS = 40
+BINS = 20
 SHOWN_TOKENS = 160
 
 
@@ -42,7 +41,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
         audit = examples.fit(texts, config.max_tokens or context, config.overlong, ends)
     facts = summary(audit, records)
     if config.chart:
-        plot_lengths(audit, Path(config.chart))
+        stage.plot_lengths(audit, Path(config.chart))
     if config.json:
         print(json.dumps({"model": config.model, "max_tokens": config.max_tokens or context, **facts}, ensure_ascii=False))
     else:
@@ -96,7 +95,7 @@ def _show(
         lengths = [e.n_instruction if name == "Q" else e.n_response for e in audit.examples]
         numbers = facts[name]
         cells = [f"{numbers['mean']:.1f}", *(f"{numbers[key]:,.0f}" for key in ("median", "p95", "max"))]
-        table.add_row(f"N_{name}: {what}", *cells, sparkline(_histogram(lengths, BINS // 2), BINS // 2))
+        table.add_row(f"N_{name}: {what}", *cells, sparkline(_histogram(lengths, BINS), BINS))
     console.print(table)
     count = facts["texts"]
     lost = ", ".join(f"{number:,} {reason}" for reason, number in facts["dropped"].items()) or "none"
@@ -133,19 +132,3 @@ def _histogram(lengths: Sequence[int], bins: int) -> list[int]:
     for length in lengths:
         counts[min(bins - 1, (length - low) * bins // max(1, high - low))] += 1
     return counts
-
-
-def plot_lengths(audit: Audit, path: Path) -> None:
-    """Draw how long instructions and responses are, in tokens, one above the other on one scale."""
-    figure, axes = charts.figure()
-    longest = max(len(example.ids) for example in audit.examples)
-    for name, lengths, colour in (
-        ("instruction", [e.n_instruction for e in audit.examples], "#9db8d9"),
-        ("response", [e.n_response for e in audit.examples], "#c8553d"),
-    ):
-        label = f"{name}: {statistics.fmean(lengths):.1f} tokens on average"
-        axes.hist(lengths, bins=BINS, range=(0, longest), alpha=0.65, color=colour, label=label)
-    axes.set(xlabel="tokens", ylabel="examples", title=f"{len(audit.examples):,} examples")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    charts.save(figure, path)

@@ -40,10 +40,7 @@ def _train(config: Ppo, ranks: Ranks) -> Path:
             Session("ppo", config, ranks, headed, tokenizer, optimizers, sampler.total_steps, saved_as=stage.saved_as(config))
         )
         session.say(stage.banner(config, headed, ranks))
-        session.say(
-            f"{len(sampler.learnt):,} prompts to learn from, {len(sampler.held):,} held out; {sampler.answers} answers a step,"
-            f" worth {' + '.join(config.reward)}"
-        )
+        session.say(sampler.told())
         beta = session.kept.setdefault("beta", config.beta)
         for step in session.steps():
             with rollout.saved_before(session):

@@ -31,7 +31,7 @@ def _train(config: Reward, ranks: Ranks) -> Path:
     config = stage.opened(config, ranks)
     model, tokenizer = stage.start(config, ranks)
     headed = Headed(model)
-    learnt, held = stage.pairs(config, model, tokenizer)
+    learnt, held, audit = stage.pairs(config, model, tokenizer)
     order = Order(tuple(len(pair.chosen.ids) for pair in learnt), config.seed)
     size, micro_batches = parallel.share_batch(config.batch_size, config.accumulation_steps, ranks.world)
     optimizers = optim.build(headed, config.optim)
@@ -40,6 +40,7 @@ def _train(config: Reward, ranks: Ranks) -> Path:
     total_steps = stage.steps(config, order.rows_per_epoch())
     with Session("reward", config, ranks, headed, tokenizer, optimizers, total_steps, saved_as=stage.saved_as(config)) as session:
         session.say(stage.banner(config, headed, ranks))
+        stage.show(session, audit)
         session.say(f"{len(learnt):,} pairs to learn from, {len(held):,} held out")
         for step in session.steps():
             count, nats, right = config.batch_size * config.accumulation_steps, 0.0, 0.0

@@ -127,10 +127,9 @@ class Judged(NamedTuple):
     scores: Scores
 
 
-def prompts(records: Sequence[Record], tokenizer: Tokenizer, config: Rollouts, context_tokens: int) -> list[Prompt]:
-    """Prompts that leave room for an answer of `max_new_tokens`; of conversations, what stands before the last answer.
-
-    Raises UserError when none does.
+def prompts(records: Sequence[Record], tokenizer: Tokenizer, config: Rollouts, context_tokens: int) -> tuple[list[Prompt], int]:
+    """Prompts that leave room for an answer of `max_new_tokens`, and how many do not; of conversations, what stands before the
+    last answer. Raises UserError when none does.
     """
     found = [Prompt(record, prompt_ids(record.prompt, tokenizer, config.data.template)) for record in records]
     room = (config.data.max_tokens or context_tokens) - config.max_new_tokens
@@ -140,7 +139,7 @@ def prompts(records: Sequence[Record], tokenizer: Tokenizer, config: Rollouts, c
             f"no prompt of {len(found)} leaves room for an answer: the shortest has {min(len(p.ids) for p in found)} tokens, and"
             f" {room} are left beside max_new_tokens = {config.max_new_tokens}"
         )
-    return fitting
+    return fitting, len(found) - len(fitting)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +172,8 @@ class Sampler:
         self._start = stage.reference(config, model)
         self._ends = end_ids(tokenizer, config.data.template)
         learnt, held = stage.read(config.data, config.seed)
-        self.learnt, self.held = (prompts(some, tokenizer, config, model.config.context_tokens) for some in (learnt, held))
+        context = model.config.context_tokens
+        (self.learnt, self._dropped), (self.held, _) = (prompts(some, tokenizer, config, context) for some in (learnt, held))
         self._order = Order(tuple(len(prompt.ids) for prompt in self.learnt), config.seed)
         self.total_steps = stage.steps(config, self._order.rows_per_epoch())
         shared = parallel.share_batch(config.batch_size, config.accumulation_steps, ranks.world)
@@ -183,6 +183,15 @@ class Sampler:
     def answers(self) -> int:
         """Answers in a step, of all ranks."""
         return self.config.batch_size * self.config.accumulation_steps * self.each
+
+    def told(self) -> str:
+        """The prompts in one line."""
+        mean = sum(len(prompt.ids) for prompt in self.learnt) / len(self.learnt)
+        lost = f" ({self._dropped:,} dropped: no room for an answer)" if self._dropped else ""
+        return (
+            f"{len(self.learnt):,} prompts{lost} of {mean:.1f} tokens to learn from, {len(self.held):,} held out;"
+            f" {self.answers:,} answers a step, worth {' + '.join(self.config.reward)}"
+        )
 
     def step(self, step: int) -> Step:
         """Sample and judge the answers of a step. Raises UserError on every rank when a reward fails on one."""

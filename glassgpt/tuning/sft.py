@@ -50,8 +50,7 @@ def _train(config: Sft, ranks: Ranks) -> Path:
     total_steps = stage.steps(config, order.rows_per_epoch())
     with Session("sft", config, ranks, model, tokenizer, optimizers, total_steps, saved_as=stage.saved_as(config)) as session:
         session.say(stage.banner(config, model, ranks))
-        for line in stage.told(audit):
-            session.say(line)
+        stage.show(session, audit)
         if session.step == 0:
             session.say(f"before: {said(look(scored, held.examples, ends, tokenizer, config, ranks))}")
         for step in session.steps():

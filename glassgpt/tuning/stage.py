@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import statistics
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from glassgpt import charts
 from glassgpt.config import UserError
 from glassgpt.config.tuning import RecordsConfig, Tuning
 from glassgpt.data import records as reading
@@ -21,7 +23,7 @@ from glassgpt.model import GPT, lora, use_attention
 from glassgpt.text import Tokenizer, chat
 from glassgpt.train import machine
 from glassgpt.train.parallel import Ranks
-from glassgpt.train.session import open_folder, without
+from glassgpt.train.session import Session, open_folder, without
 from glassgpt.tuning import examples
 from glassgpt.tuning.examples import Audit, Judged, Pair
 
@@ -29,6 +31,8 @@ FREE_ON_RESUME = (
     *("out_dir", "resume", "eval_interval", "save_interval", "keep_checkpoints", "sample_interval"),
     *("device", "spike_deviations", "track", "reward_seconds"),
 )
+
+BINS = 40
 
 Config = TypeVar("Config", bound=Tuning)
 
@@ -97,45 +101,35 @@ def saved_as(config: Tuning) -> dict[str, Any]:
     return {"base": config.start} if config.lora.rank else {}
 
 
-def pairs(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to learn from and held-out ones, of which both answers fit."""
-    learnt, held = (
-        _fitting(examples.pairs(some, tokenizer, config.data.template), config, model, tokenizer)
-        for some in read(config.data, config.seed)
-    )
-    return learnt, held
-
-
-def judged(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Judged], list[Judged]]:
-    """Labelled answers to learn from and held-out ones; pairs are taken apart."""
-    learnt, held = (
-        _fitting(examples.judged(some, tokenizer, config.data.template), config, model, tokenizer)
-        for some in read(config.data, config.seed)
-    )
-    return learnt, held
-
-
 Both = TypeVar("Both", Pair, Judged)
 
 
-def _fitting(items: list[Both], config: Tuning, model: GPT, tokenizer: Tokenizer) -> list[Both]:
-    """Those of which both texts pass `examples.fit`, cut where that cuts them."""
-    ends = examples.end_ids(tokenizer, config.data.template)
-    found: list[Both] = []
-    for item in items:
-        try:
-            texts = [
-                examples.fit([text], longest(config.data, model), config.data.overlong, ends).examples[0] for text in item[:2]
-            ]
-        except examples.NothingLeftError:
-            continue
-        found.append(item._replace(**dict(zip(item._fields, texts, strict=False))))  # type: ignore[arg-type]
-    if not found:
-        raise UserError(
-            f"nothing to learn: none of {len(items)} items fits data.max_tokens = {longest(config.data, model)} tokens"
-            " (prompt and answer together)"
-        )
-    return found
+def pairs(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], Audit]:
+    """Pairs to learn from and held-out ones, of which both answers fit, and the audit of the first."""
+    learnt, held = read(config.data, config.seed)
+    template = config.data.template
+    (some, audit), (others, _) = (
+        _fitting(examples.pairs(records, tokenizer, template), config, model, tokenizer) for records in (learnt, held)
+    )
+    return some, others, audit
+
+
+def judged(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Judged], list[Judged], Audit]:
+    """Labelled answers to learn from and held-out ones, and the audit of the first; pairs are taken apart."""
+    learnt, held = read(config.data, config.seed)
+    template = config.data.template
+    (some, audit), (others, _) = (
+        _fitting(examples.judged(records, tokenizer, template), config, model, tokenizer) for records in (learnt, held)
+    )
+    return some, others, audit
+
+
+def _fitting(items: list[Both], config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Both], Audit]:
+    """Those of which both texts fit, cut where the policy cuts them."""
+    ends, most = examples.end_ids(tokenizer, config.data.template), longest(config.data, model)
+    kept, audit = examples.fit_together([item[:2] for item in items], most, config.data.overlong, ends)
+    found = [(items[number], dict(zip(items[number]._fields, texts, strict=False))) for number, texts in kept]
+    return [item._replace(**texts) for item, texts in found], audit  # type: ignore[arg-type]
 
 
 def longest(config: RecordsConfig, model: GPT) -> int:
@@ -151,6 +145,14 @@ def steps(config: Tuning, rows_per_epoch: int) -> int:
     return config.max_steps or math.ceil(config.epochs * rows_per_epoch / (config.batch_size * config.accumulation_steps))
 
 
+def show(session: Session, audit: Audit) -> None:
+    """Every run says first what it will learn from: an audit in two lines, and its lengths as a picture."""
+    for line in told(audit):
+        session.say(line)
+    if session.ranks.is_first and session.step == 0:
+        plot_lengths(audit, session.run)
+
+
 def told(audit: Audit) -> list[str]:
     """An audit in two lines."""
     questions, answers = ([getattr(e, name) for e in audit.examples] for name in ("n_instruction", "n_response"))
@@ -159,7 +161,7 @@ def told(audit: Audit) -> list[str]:
     cut = f"; {audit.truncated:,} truncated" if audit.truncated else ""
     ended = "every answer" if audit.ended == count else f"{audit.ended:,} of {count:,} answers" if audit.ended else "NO answer"
     return [
-        f"{count:,} examples{lost}{cut}; E[Q] {sum(questions) / count:.1f} tokens of instruction, E[A] {sum(answers) / count:.1f}"
+        f"{count:,} texts{lost}{cut}; E[Q] {sum(questions) / count:.1f} tokens of instruction, E[A] {sum(answers) / count:.1f}"
         " of response",
         f"{audit.supervised:,} tokens to be learnt, {audit.masked:,} only read; the end token is learnt after {ended}",
     ]
@@ -172,3 +174,20 @@ def banner(config: Tuning, model: nn.Module, ranks: Ranks) -> str:
         f"{every:,} parameters, {trained:,} trained, on {ranks.world} x {ranks.device}, {config.precision}; effective batch ="
         f" {config.batch_size} x {config.accumulation_steps} = {config.batch_size * config.accumulation_steps}"
     )
+
+
+def plot_lengths(audit: Audit, place: Path) -> None:
+    """Draw how long instructions and responses are, in tokens, into a file, or a folder as `lengths.svg` and `lengths.png`."""
+    figure, axes = charts.figure()
+    longest = max(len(example.ids) for example in audit.examples)
+    for name, lengths, colour in (
+        ("instruction", [e.n_instruction for e in audit.examples], "#9db8d9"),
+        ("response", [e.n_response for e in audit.examples], "#c8553d"),
+    ):
+        label = f"{name}: {statistics.fmean(lengths):.1f} tokens on average"
+        axes.hist(lengths, bins=BINS, range=(0, longest), alpha=0.65, color=colour, label=label)
+    axes.set(xlabel="tokens", ylabel="examples", title=f"{len(audit.examples):,} examples")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    paths = [place / f"lengths{suffix}" for suffix in charts.PICTURES] if place.is_dir() else [place]
+    charts.save(figure, *paths)

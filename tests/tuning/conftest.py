@@ -13,6 +13,7 @@ def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """A picture a run takes longer than the run; `test_pictures` has them."""
     if "pictures" not in request.node.name:
         monkeypatch.setattr("glassgpt.train.session.plot_loss", lambda run: [])
+        monkeypatch.setattr("glassgpt.tuning.stage.plot_lengths", lambda audit, place: None)
         monkeypatch.setattr("glassgpt.tuning.reward.plot_calibration", lambda margins, run: [])
 
 

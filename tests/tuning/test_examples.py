@@ -214,7 +214,7 @@ def test_a_loss_that_is_none_is_refused(given: str) -> None:
 # ---------------------------------------------------------------------- inspect
 
 
-def test_inspect_counts_what_is_there(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_counts_what_is_there_with_pictures(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config: dict[str, Any] = {"files": (str(home / "chats.jsonl"),), "model": str(home / "model")}
     found = inspect(Inspect(**config, chart=str(tmp_path / "lengths.png")))
     out = capsys.readouterr().out
@@ -232,3 +232,15 @@ def test_inspect_counts_what_is_there(home: Path, tmp_path: Path, capsys: pytest
     for name, texts, learnt in (("pairs", 80, True), ("prompts", 40, False)):
         found = inspect(Inspect(files=(str(home / f"{name}.jsonl"),), model=str(home / "model"), show=1))
         assert found["texts"] == texts and bool(found["tokens_learnt"]) == learnt
+
+
+def test_two_equal_answers_are_left_out_and_told_of(home: Path) -> None:
+    _, tokenizer = load(home / "model")
+    (one, other, *_) = examples.pairs(read([str(home / "pairs.jsonl")]), tokenizer, "chat")
+    tie = examples.Pair(one.chosen, one.chosen)
+    kept, audit = examples.fit_together([one, tie, other], 64, "drop", [0])
+    assert [number for number, _ in kept] == [0, 2] and audit.dropped == Counter({"two equal answers": 1})
+    assert len(audit.examples) == 4
+    long = examples.Pair(one.chosen, example(30, 60))  # an item goes as a whole
+    kept, audit = examples.fit_together([long, other], 64, "drop", [0])
+    assert [number for number, _ in kept] == [1] and audit.dropped == Counter({"too long": 1}) and len(audit.examples) == 2

@@ -281,4 +281,11 @@ def test_a_run_without_anything_to_learn_does_not_start(home: Path, tmp_path: Pa
 
 def test_pictures_are_drawn(home: Path, tmp_path: Path) -> None:
     folder = run("reward", home, tmp_path / "run")
-    assert {path.name for path in folder.iterdir()} >= {"loss.svg", "loss.png", "calibration.svg", "calibration.png"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "loss.svg",
+        "loss.png",
+        "calibration.svg",
+        "calibration.png",
+        "lengths.svg",
+        "lengths.png",
+    }
