@@ -15,7 +15,7 @@ from glassgpt.config.files import complete_folder
 from glassgpt.config.hub import Export, Merge
 from glassgpt.loading import find, load
 from glassgpt.model import GPT, lora, weights
-from glassgpt.text import Tokenizer
+from glassgpt.text import Tokenizer, chat
 
 GGUF_FILE = "model.gguf"
 
@@ -72,6 +72,10 @@ def _save_hf_tokenizer_facts(folder: Path, tokenizer: Tokenizer, context_tokens:
     if tokenizer.end_token is not None and tokenizer.end_id is not None:
         begin_id = tokenizer.end_id if tokenizer.begin_id is None else tokenizer.begin_id
         facts |= dict.fromkeys(("eos_token", "unk_token"), tokenizer.end_token) | {"bos_token": tokenizer.pieces()[begin_id]}
-        ends = {"bos_token_id": begin_id, "eos_token_id": tokenizer.end_id}
-        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+        ends = chat.end_ids(tokenizer) if tokenizer.template else [tokenizer.end_id]
+        facts_of_texts = {"bos_token_id": begin_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+        (folder / "generation_config.json").write_text(json.dumps(facts_of_texts, indent=2) + "\n")
+    if tokenizer.template is not None:  # which writes its own two tokens by these names
+        tokens = {"bos_token": tokenizer.template.begin, "eos_token": tokenizer.template.end}
+        facts |= {name: token for name, token in tokens.items() if token} | {"chat_template": tokenizer.template.source}
     (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -141,6 +141,8 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int, gguf: Any
         for token_id in range(len(tokens))
     ]
     unused = range(len(tokens), vocab_size)  # rows of the embedding that no token has
+    if tokenizer.template is not None:
+        writer.add_chat_template(tokenizer.template.source)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_cut(facts))
     writer.add_token_list([*tokens, *(f"[UNUSED{token_id}]" for token_id in unused)])

@@ -22,8 +22,12 @@ class Alignment:
 
     out_dir: str = "runs/alignment"
     """Folder for the start model, the runs, results.json and the chart; called again, it trains only what is missing."""
-    start_steps: int = 200
-    """Steps of `sft` from random weights to the start model; few, so that there is much left to learn."""
+    school_steps: int = 700
+    """Steps of `sft` from random weights on right answers: it learns to add."""
+    start_steps: int = 100
+    """Steps of `sft` after them on the answers of people who are often wrong: it learns to answer as they do."""
+    right_share: float = 0.3
+    """Share of the start's examples that answer with the right number; but for the lists, the others are wrong."""
     list_share: float = 0.1
     """Share of the start's examples that answer with two or three neighbouring numbers, the right one among them."""
     steps: int = 100
@@ -50,14 +54,18 @@ class Alignment:
     """One JSON object instead of the table."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "start_steps", "steps", "measurements", "batch_size")
+        check_at_least(1, self, "school_steps", "start_steps", "steps", "measurements", "batch_size")
         check_at_least(2, self, "group_size")
         check_seed(self.seed)
         if not FEWEST_PROBLEMS <= self.prompts <= MOST_HELD_OUT:
             raise UserError(f"prompts must be between {FEWEST_PROBLEMS} and {MOST_HELD_OUT}; got {self.prompts}")
-        if not 0 <= self.list_share < 1:
-            raise UserError(f"list_share must be in [0, 1); got {self.list_share}")
-        for name, value in (("learning_rate", self.learning_rate), ("beta", self.beta), *(("dpo_betas", b) for b in self.dpo_betas)):
+        if not 0 <= self.list_share <= 1 - self.right_share <= 1:
+            raise UserError(f"right_share and list_share are shares of one whole; got {self.right_share} and {self.list_share}")
+        for name, value in (
+            ("learning_rate", self.learning_rate),
+            ("beta", self.beta),
+            *(("dpo_betas", b) for b in self.dpo_betas),
+        ):
             if not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be positive; got {value}")
         if self.measurements > self.steps:

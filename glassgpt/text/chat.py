@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from glassgpt.config import UserError
-from glassgpt.text.template import DEFAULT, Template
+from glassgpt.text.template import BEGIN, DEFAULT, Template
 from glassgpt.text.tokenizer import Tokenizer
 
 PRIVATE_PLANES = (0xF0000, 0x100000)
@@ -49,7 +49,7 @@ def template_of(tokenizer: Tokenizer) -> Template:
     if tokenizer.template is not None:
         return tokenizer.template
     begin = "" if tokenizer.begin_id is None else tokenizer.decode([tokenizer.begin_id])
-    return Template(DEFAULT, begin, tokenizer.end_token or "")
+    return Template(f"{BEGIN if begin else ''}{DEFAULT}", begin, tokenizer.end_token or "")
 
 
 def text_of(messages: Sequence[Message], tokenizer: Tokenizer, *, reply: bool = False) -> str:

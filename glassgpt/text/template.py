@@ -19,15 +19,16 @@ from glassgpt.config.errors import first_line
 
 TEMPLATE_FILE = "chat_template.jinja"
 FACTS_FILE = "tokenizer_config.json"
+BEGIN = "{{ bos_token }}"
 DEFAULT = (
-    "{{ bos_token }}"
     "{% for message in messages %}"
     "{{ '' if loop.first else '\n\n' }}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '' }}"
     "{% endfor %}"
     "{{ '\n\n### Assistant:\n' if add_generation_prompt else '' }}"
 )
-"""Ours: plain words that any vocabulary has, and the end-of-text token after every answer."""
+"""Ours: plain words that any vocabulary has, and the end-of-text token after every answer. BEGIN goes before it where the
+vocabulary has a token that begins texts."""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
                     trained, batches, stream.places, step, corpus, tokenizer, low_precision, ranks
                 ),
             )
-            entry = session.entry(total, count)
+            entry = session.entry(total, tokens=count)
             entry["mfu"] = round(step_flops / entry["seconds"] / peak, 4)
             if session.is_due(config.eval_interval):
                 whole = step + 1 == config.max_steps

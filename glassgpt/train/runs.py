@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -9,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +18,9 @@ from glassgpt import charts
 from glassgpt.config import Pretrain, UserError
 from glassgpt.config.files import CONFIG_FILE, read_yaml
 from glassgpt.config.runs import Runs
+from glassgpt.config.tuning import Dpo, Grpo, Ppo, Reward, Sft, Tuning
 from glassgpt.loading import complete_checkpoints
+from glassgpt.train import checkpoint
 from glassgpt.train.run import LOG_FILE, read_log
 
 
@@ -73,39 +77,52 @@ def _runs_in(place: Path) -> list[Path]:
 
 def describe(folder: Path, name: str) -> Run:
     """Read one run."""
-    config = read_yaml(folder / CONFIG_FILE, Pretrain)
+    config = read_config(folder)
     log = read_log(folder)
     seen, curve = 0, []
     for entry in log:
-        seen += entry["tokens"]
+        seen += round(entry.get("tokens", 0))
         if "val_loss" in entry:
             curve.append((seen, entry["val_loss"]))
     validated = [entry for entry in log if "val_loss" in entry]
     best = min(validated, key=lambda entry: entry["val_loss"], default=None)
     steps = log[-1]["step"] if log else 0
     saved = complete_checkpoints(folder)
+    total = config.max_steps or (checkpoint.facts(saved[-1])["total_steps"] if saved else 0)
     return Run(
         name,
-        "done" if steps == config.max_steps else f"{steps:,}/{config.max_steps:,}",
+        "done" if steps == total else f"{steps:,}/{total:,}" if total else f"{steps:,}",
         _parameters(saved[-1]) if saved else None,
         seen,
         log[-1]["loss"] if log else None,
         best["val_loss"] if best else None,
-        best["val_bits_per_byte"] if best else None,
-        statistics.median(entry["tokens"] / entry["seconds"] for entry in log) if log else None,
+        best.get("val_bits_per_byte") if best else None,
+        statistics.median(entry["tokens"] / entry["seconds"] for entry in log) if seen else None,
         sum(entry["seconds"] for entry in log) / 3600,
         tuple(curve),
     )
 
 
-def _parameters(checkpoint: Path) -> int:
+def read_config(folder: Path) -> Pretrain | Tuning:
+    """The configuration of a run of any stage: the one whose options its file holds."""
+    try:
+        given = set(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        given = set()  # `read_yaml` will say what is wrong
+    kinds: tuple[type[Pretrain | Tuning], ...] = (Pretrain, Sft, Reward, Dpo, Ppo, Grpo)
+    kind = next((kind for kind in kinds if given == {field.name for field in dataclasses.fields(kind)}), Pretrain)
+    return read_yaml(folder / CONFIG_FILE, kind)
+
+
+def _parameters(folder: Path) -> int:
     """Counted on the meta device, without reading weights."""
     import torch
 
-    from glassgpt.model import GPT, weights
+    from glassgpt.loading import find
+    from glassgpt.model import GPT
 
     with torch.device("meta"):
-        return sum(p.numel() for p in GPT(weights.read_config(checkpoint)).parameters())
+        return sum(p.numel() for p in GPT(find(folder).config()).parameters())
 
 
 def plot(found: list[Run], path: Path) -> None:

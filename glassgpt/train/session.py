@@ -218,11 +218,11 @@ class Session:
             f" (try a lower optim.learning_rate, now {self._config.optim.learning_rate}{more})"
         )
 
-    def entry(self, loss: float, count: float) -> dict[str, Any]:
-        """The beginning of the log's line for the step under way, of `count` tokens or examples."""
+    def entry(self, loss: float, **count: float) -> dict[str, Any]:
+        """The beginning of the log's line for the step under way, of so many tokens or pairs."""
         seconds = round(time.perf_counter() - self._began, 4)
-        first = {"step": self.step + 1, "loss": loss, "grad_norm": self.norm, "lr": self.rate, "tokens": count}
-        return first | {"seconds": seconds} | self._marks
+        first = {"step": self.step + 1, "loss": loss, "grad_norm": self.norm, "lr": self.rate}
+        return first | count | {"seconds": seconds} | self._marks
 
     def finish(self, entry: dict[str, Any], speed: str) -> None:
         """End the step: log, progress line, and where it is due, or a signal has come, checkpoint and plot.
@@ -250,7 +250,7 @@ class Session:
         if self._saved and self._saved[-1].name == f"step-{self.step:06d}":
             return
         state = (self._model, self._optimizers, self._tokenizer)
-        facts |= {"kept": self.kept} if self.kept else {}
+        facts |= {"total_steps": self.total_steps} | ({"kept": self.kept} if self.kept else {})
         folder = checkpoint.save(self.run, self.step, *state, facts, self.ranks, **self._saved_as)
         self._saved.append(folder)
         if self.ranks.is_first:

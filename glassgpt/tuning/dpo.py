@@ -55,7 +55,7 @@ def _train(config: Dpo, ranks: Ranks) -> Path:
                 (losses.sum() / count).backward()
                 total += losses.sum().item()
                 told = [told[0] + float(margins.sum()), told[1] + float((margins > 0).sum())]
-            entry = session.entry(session.update(total, count), count)
+            entry = session.entry(session.update(total, count), pairs=count)
             entry["margin"], entry["accuracy"] = (number / count for number in ranks.total(told))
             if session.is_due(config.eval_interval):
                 entry |= measure(config, model, held, before_held, low_precision, drift)

@@ -63,7 +63,7 @@ def _train(config: Grpo, ranks: Ranks) -> Path:
                     total += part.item()
                     outside += float((clipped * batch.is_token).sum())
                 loss_of_step = session.update(total, 1.0)
-            entry = session.entry(loss_of_step, seen.tokens) | seen.facts
+            entry = session.entry(loss_of_step, tokens=seen.tokens) | seen.facts
             entry["clipped"] = ranks.total([outside])[0] / seen.tokens
             sampler.report(session, entry)
             session.finish(

@@ -72,7 +72,7 @@ def _train(config: Ppo, ranks: Ranks) -> Path:
                     told[0] += float((clipped * batch.is_token).sum())
                     told[1] += (worth.detach() * batch.is_token).sum().item()
                 loss = session.update(total, 1.0)
-            entry = session.entry(loss, seen.tokens) | seen.facts | {"beta": beta}
+            entry = session.entry(loss, tokens=seen.tokens) | seen.facts | {"beta": beta}
             entry["clipped"], entry["value_loss"] = (number / seen.tokens for number in ranks.total(told))
             if config.target_kl:
                 beta = session.kept["beta"] = objectives.adapted_beta(beta, entry["kl"], config.target_kl, sampler.answers)

@@ -52,7 +52,7 @@ def _train(config: Reward, ranks: Ranks) -> Path:
                 (loss / count).backward()
                 nats += loss.item()
                 right += float((better > worse).sum())
-            entry = session.entry(session.update(nats, count), count)
+            entry = session.entry(session.update(nats, count), pairs=count)
             entry["accuracy"] = ranks.total([right])[0] / count
             if session.is_due(config.eval_interval):
                 margins = measure(headed, held, config.batch_size)

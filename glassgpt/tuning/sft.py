@@ -67,7 +67,7 @@ def _train(config: Sft, ranks: Ranks) -> Path:
                 (loss / count).backward()
                 nats += loss.item()
             total = session.update(nats, count, lambda batches=batches: worst(scored, batches, ranks))  # type: ignore[misc]
-            entry = session.entry(total, count)
+            entry = session.entry(total, tokens=count)
             if session.is_due(config.eval_interval):
                 entry |= look(scored, held.examples, ends, tokenizer, config, ranks)
                 session.say(f"step {step + 1}: {said(entry)}")

@@ -401,7 +401,10 @@ def test_lengths_are_the_examples_own(home: Path, ran: Result, chats: Tokenizer)
     assert data.lengths["response"] + data.lengths["end"] == pytest.approx(mean) and data.lengths["end"] == 1
     asked = np.mean([item.example.n_instruction - 1 for item in data.learnt])  # the first token is in no loss
     assert ran.answer_share == pytest.approx(mean / (mean + asked))
-    assert data.lengths["longer_content"] == 1
+    assert data.lengths["longer_content"] == 1 and data.lengths["left_out"] == 0
+    longest = sorted(len(item.example.ids) for item in [*data.learnt, *data.held])
+    fewer = lab.read(dataclasses.replace(ran.config, max_tokens=longest[29]), model).lengths["left_out"]
+    assert fewer == pytest.approx(sum(length > longest[29] for length in longest) / 40) and fewer > 0.1
 
 
 def test_only_missing_parts_are_made_again(home: Path, ran: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +478,14 @@ def made(ends: dict[str, list[float]], answer: float, tokens: int) -> Result:
     one = Split([0, 10, tokens, 0], {WHOLE: products.tolist()})
     config = GradientBalance(files=("x",), modes=tuple(ends), seeds=len(next(iter(ends.values()))))
     runs = {mode: [Part([Point(32, [0, 2.0, loss, 0], [0, 1, 1, 0], [])], [1.0]) for loss in own] for mode, own in ends.items()}
-    lengths = {"template": 0.0, "instruction": 10.0, "response": float(tokens), "end": 0.0, "longer": 1.0, "longer_content": 1.0}
+    lengths = {
+        "template": 0.0,
+        "instruction": 10.0,
+        "response": float(tokens),
+        "end": 0.0,
+        "longer_content": 1.0,
+        "left_out": 0.0,
+    }
     return Result(config, {}, lengths, Part([Point(0, [0, 2.0, 3.0, 0], [0, 1, 1, 0], [one, one])], []), runs)
 
 
@@ -491,6 +501,9 @@ def test_findings_say_what_the_numbers_say() -> None:
     # many tokens that cancel: longer, and yet not where the gradient comes from
     assert "mostly from the instruction" in " ".join(findings(made(ends, 0.25, 30)))
     assert "about as much from either" in " ".join(findings(made(ends, 1.0, 30)))
+    shortened = made(ends, 1.0, 30)
+    shortened.lengths["left_out"] = 0.29
+    assert "29% of the examples have more than max_tokens" in " ".join(findings(shortened))
     backwards = {"response": ends["full"], "full": ends["response"]}
     assert "full -0.500 ± 0.025 (lower)" in " ".join(findings(made(backwards, 1.0, 5)))
     alone = made({"response": [1.0], "full": [2.0]}, 1.0, 5)

@@ -183,6 +183,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
         "rank_pattern": {"k_proj": 5, "layers.0.mlp.down_proj": 1},
     },
+    "by the root of ranks of their own": {
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"up_proj": 5},
+        "use_rslora": True,
+    },
     "scales of their own": {
         "target_modules": ["q_proj", "v_proj", "up_proj"],
         "alpha_pattern": {"v_proj": 11, "^model.layers.1.mlp.up_proj": 2},
@@ -496,7 +501,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     model = adapted(name, dropout=0.1)
     save_adapter(model, tmp_path, "its base")
     fresh, held = small(name), small(name)
-    add(held, LoraConfig(rank=3, alpha=7.0, dropout=0.1), seed=9)
+    add(held, LoraConfig(rank=3, alpha=9.0, dropout=0.1), seed=9)
     kept = {n: id(p) for n, p in held.named_parameters()}
     for other in (load_adapter(fresh, tmp_path), load_adapter(held, tmp_path)):
         assert list(adapters(other)) == list(adapters(model))

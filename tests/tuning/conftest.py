@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small import write_examples, write_model
+from stages import write_examples, write_model
 
 
 @pytest.fixture(autouse=True)

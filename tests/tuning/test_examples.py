@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from small import run, settings
+from stages import LORA, run, settings
 
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.tuning import Inspect, Sft
@@ -244,3 +244,34 @@ def test_two_equal_answers_are_left_out_and_told_of(home: Path) -> None:
     long = examples.Pair(one.chosen, example(30, 60))  # an item goes as a whole
     kept, audit = examples.fit_together([long, other], 64, "drop", [0])
     assert [number for number, _ in kept] == [1] and audit.dropped == Counter({"too long": 1}) and len(audit.examples) == 2
+
+
+def test_an_exported_run_is_served_by_others_as_it_was_trained(home: Path, tmp_path: Path) -> None:
+    """transformers renders the template of an exported run to our string and to our ids, and ends where we do."""
+    import transformers
+
+    from glassgpt.config.hub import Export
+    from glassgpt.exporting import export
+
+    folder = run("sft", home, tmp_path / "run", max_steps=1)
+    export(Export(str(folder), str(tmp_path / "hf"), to="hf"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    _, tokenizer = load(folder)
+    spoken = [chat.Message("user", "the cat"), chat.Message("assistant", "sat"), chat.Message("user", "and then?")]
+    plain = [message._asdict() for message in spoken]
+    text = theirs.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    assert text == chat.text_of(spoken, tokenizer, reply=True)
+    ids = theirs.apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
+    assert ids == chat.prompt(spoken, tokenizer)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == chat.end_ids(tokenizer)[0]
+
+
+def test_runs_lists_every_stage(home: Path, tmp_path: Path) -> None:
+    from glassgpt.config.runs import Runs
+    from glassgpt.train.runs import runs
+
+    for stage, more in (("sft", {"lora": LORA}), ("reward", {}), ("dpo", {}), ("ppo", {}), ("grpo", {})):
+        run(stage, home, tmp_path / stage, max_steps=2, **more)
+    found = {one.name.rpartition("/")[2]: one for one in runs(Runs((str(tmp_path),), json=True))}
+    assert set(found) == {"sft", "reward", "dpo", "ppo", "grpo"} and {one.state for one in found.values()} == {"done"}
+    assert all(one.parameters == 37_120 for one in found.values())

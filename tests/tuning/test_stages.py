@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import LORA, STAGES, apart, run, settings, tensors, write_examples
+from stages import LORA, STAGES, apart, run, settings, tensors, write_examples
 
 from glassgpt.cli import main
 from glassgpt.config import OptimConfig, UserError
@@ -134,7 +134,7 @@ def test_two_ranks_are_one(home: Path, tmp_path: Path) -> None:
         write_yaml(configs / f"{number:02}-{stage}.yaml", settings(stage, home, tmp_path / f"two-{number}", **more))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("worker.py")), str(configs)],
+        [*command, str(Path(__file__).with_name("stages_worker.py")), str(configs)],
         capture_output=True,
         text=True,
         timeout=240,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from small import STAGES
+from stages import STAGES
 
 from glassgpt.config.files import read_yaml
 
