@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from glassgpt.config.hub import Export as Export
     from glassgpt.config.info import Info as Info
     from glassgpt.config.plan import Plan as Plan
+    from glassgpt.config.tuning import Dpo as Dpo
+    from glassgpt.config.tuning import Grpo as Grpo
+    from glassgpt.config.tuning import Ppo as Ppo
+    from glassgpt.config.tuning import Reward as Reward
+    from glassgpt.config.tuning import Sft as Sft
     from glassgpt.exporting import export as export
     from glassgpt.generation import complete as complete
     from glassgpt.generation import generate as generate
@@ -29,8 +34,13 @@ if TYPE_CHECKING:
     from glassgpt.text import Tokenizer as Tokenizer
     from glassgpt.train.evaluate import evaluate as evaluate
     from glassgpt.train.pretrain import pretrain as pretrain
+    from glassgpt.tuning.dpo import dpo as dpo
+    from glassgpt.tuning.grpo import grpo as grpo
+    from glassgpt.tuning.ppo import ppo as ppo
+    from glassgpt.tuning.reward import reward as reward
+    from glassgpt.tuning.sft import sft as sft
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _HOME = {
     "PRESETS": "config",
@@ -56,6 +66,16 @@ _HOME = {
     "Tokenizer": "text",
     "evaluate": "train.evaluate",
     "pretrain": "train.pretrain",
+    "Sft": "config.tuning",
+    "Reward": "config.tuning",
+    "Dpo": "config.tuning",
+    "Ppo": "config.tuning",
+    "Grpo": "config.tuning",
+    "sft": "tuning.sft",
+    "reward": "tuning.reward",
+    "dpo": "tuning.dpo",
+    "ppo": "tuning.ppo",
+    "grpo": "tuning.grpo",
 }
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -26,6 +26,8 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "adapter_config.json",
+    "adapter_model.safetensors",
 ]
 HUB_PICKLES = ["pytorch_model*.bin*"]
 
@@ -219,7 +221,10 @@ def download(config: Download) -> Path:
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
             raise UserError(f"{endpoint} does not accept your token ({error.server_message}); correct HF_TOKEN") from error
         raise UserError(f"cannot fetch {repo} from {endpoint}: {first_line(error)}; check the network, then try again") from error
-    weights.read_hf_config(folder)
+    if (folder / lora.ADAPTER_CONFIG_FILE).is_file():
+        lora.read_settings(folder)
+    else:
+        weights.read_hf_config(folder)
     print(f"{repo}{'' if config.revision == 'main' else ', which opens by its folder,'} is in {folder}")
     return folder
 
@@ -229,6 +234,6 @@ def _snapshot(repo: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(repo, allow_patterns=HUB_FILES, **options))
-    if not list(folder.glob("model*.safetensors")):
+    if not list(folder.glob("*model*.safetensors")):
         snapshot_download(repo, allow_patterns=HUB_PICKLES, **options)
     return folder

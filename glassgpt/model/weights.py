@@ -41,6 +41,8 @@ def save(model: GPT, folder: Path, dtype: torch.dtype | None = None, tensors: Ma
     `tensors` are written in place of the model's own parameters, where those are spread over several processes.
     """
     named = dict(model.named_parameters()) if tensors is None else tensors
+    if any(".lora_" in name for name in named):
+        raise UserError("a model with adapters is no plain model; merge them first, or save the adapters")
     plain = {name: p.detach().to("cpu", dtype).contiguous() for name, p in named.items()}
     safetensors.torch.save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     save_config(model, folder)
