@@ -50,6 +50,7 @@ COMMANDS = {
     "bench device": Command("CPU against GPU, float32 against bf16", "config.bench:BenchDevice", "lab.bench_device:bench_device"),
     "lab speedrun": Command("time to a loss beside nanoGPT's recipe", "config.bench:Speedrun", "lab.speedrun:speedrun"),
     "lab scaling": Command("scaling laws from a ladder of small runs", "config.scaling:Scaling", "lab.scaling:scaling"),
+    "lab alignment": Command("PPO, DPO, GRPO: a reward met, one gamed", "config.alignment:Alignment", "lab.alignment:alignment"),
     "lab ladder": Command("what each step from GPT-2 to a modern model buys", "config.ladder:Ladder", "lab.ladder:ladder"),
     "lab gradient-balance": Command(
         "does fine-tuning learn from instruction or response?",

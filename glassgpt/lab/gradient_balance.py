@@ -129,6 +129,7 @@ def read(config: GradientBalance, model: GPT) -> Data:
     held, learnt = shuffled[: config.held_out], shuffled[config.held_out :]
     counts = np.array([np.bincount(item.kinds[1:], minlength=len(KINDS)) for item in learnt])  # (examples, 4)
     lengths = {name: float(mean) for name, mean in zip(KINDS, counts.mean(0), strict=True)}
+    lengths["left_out"] = 1 - len(audit.examples) / (len(audit.examples) + sum(audit.dropped.values()))
     lengths["longer"] = float((counts[:, 2:].sum(1) > counts[:, :2].sum(1)).mean())
     lengths["longer_content"] = float((counts[:, 2] > counts[:, 1]).mean())
     return Data(learnt, sorted(held, key=lambda item: len(item.kinds)), lengths, stage.told(audit))

@@ -99,7 +99,7 @@ class Result:
     machine: dict[str, Any]
     lengths: dict[str, float]
     """Tokens in the loss by kind, mean over training examples; `longer`: share of the examples of which A is longer than Q;
-    `longer_content`: the same without template and end."""
+    `longer_content`: the same without template and end; `left_out`: share of all examples that are longer than max_tokens."""
     start: Part
     runs: dict[str, list[Part]]
     """By mode, then by seed."""
@@ -167,6 +167,11 @@ def findings(result: Result) -> list[str]:
         f" (median batch {at['tokens'].median:.0%}); without the template's words and the end token the response is longer in"
         f" {result.lengths['longer_content']:.0%} of the examples."
     ]
+    if result.lengths["left_out"]:
+        said.append(
+            f"{result.lengths['left_out']:.0%} of the examples have more than max_tokens and are left out, so what is long is"
+            " counted too little; raise it to have them all."
+        )
     share = at["share"]
     source = (
         "mostly from the response"

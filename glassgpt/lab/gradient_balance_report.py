@@ -47,7 +47,7 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 
 def _show_layers(result: Result, console: Console) -> None:
-    columns = ("|g_Q|", "|g_A|", "share of A", "part", "Q a token", "A a token", "cosine")
+    columns = ("|g_Q|", "|g_A|", "share of A", "part", "Q/token", "A/token", "cosine")
     table = _table("The full loss's gradient before any step, by layer", "layer", *columns)
     for layer in result.layers:
         at = result.before.spreads(layer)
@@ -79,7 +79,7 @@ def _show_kinds(result: Result, console: Console) -> None:
 
 def _show_along(result: Result, console: Console) -> None:
     title = "Along the first run of each mode, whole model: the full loss's gradient on the same batches"
-    table = _table(title, "trained with", "step", "|g_Q|", "|g_A|", "share of A", "part of A", "cosine")
+    table = _table(title, "trained with", "step", "|g_Q|", "|g_A|", "share of A", "part", "cosine")
     moments = [("(start)", result.before), *((mode, point) for mode in result.config.modes for point in result.along(mode))]
     for mode, point in moments:
         at = point.spreads()
