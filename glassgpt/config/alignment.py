@@ -22,17 +22,17 @@ class Alignment:
 
     out_dir: str = "runs/alignment"
     """Folder for the start model, the runs, results.json and the chart; called again, it trains only what is missing."""
-    school_steps: int = 700
+    school_steps: int = 1000
     """Steps of `sft` from random weights on right answers: it learns to add."""
-    start_steps: int = 100
+    start_steps: int = 120
     """Steps of `sft` after them on the answers of people who are often wrong: it learns to answer as they do."""
-    right_share: float = 0.3
+    right_share: float = 0.25
     """Share of the start's examples that answer with the right number; but for the lists, the others are wrong."""
     list_share: float = 0.1
     """Share of the start's examples that answer with two or three neighbouring numbers, the right one among them."""
     steps: int = 100
     """Steps of every run after it."""
-    measurements: int = 8
+    measurements: int = 10
     """Times that each run is measured, its end included; the start is measured beside them."""
     prompts: int = 256
     """Held-out problems that each measurement asks, once each."""
@@ -40,8 +40,10 @@ class Alignment:
     """Prompts in a step of GRPO; PPO sees `group_size` times as many, and DPO half of that in pairs: as many answers each."""
     group_size: int = 8
     """Answers of GRPO to a prompt; also those of the start model that DPO's pairs are made from."""
-    learning_rate: float = 1e-3
-    """Of all three methods."""
+    learning_rate: float = 5e-4
+    """Of PPO and GRPO."""
+    dpo_learning_rate: float = 1e-4
+    """Of DPO, which learns from the same pairs again and again."""
     beta: float = 0.1
     """The leash of PPO and GRPO in experiment `proxy`; the other run there has 0."""
     dpo_betas: tuple[float, float] = (0.02, 0.5)

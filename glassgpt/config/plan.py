@@ -56,6 +56,8 @@ class Plan:
         check_at_least(0, self, "lora_rank")
         if self.lora_rank and self.gpus > 1 and self.strategy == "fsdp":
             raise UserError("adapters are trained whole on every GPU, not divided by fsdp; give --strategy ddp, or --gpus 1")
+        if self.lora_rank and self.optimizer == "muon":
+            raise UserError("adapters are trained with adamw; give --optimizer adamw")
         for name in ("gpu_memory_gb", "peak_tflops", "training_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

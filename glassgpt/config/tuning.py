@@ -159,11 +159,14 @@ class Sft(Tuning):
     responses with weight W. The sum is divided by the weights of the whole step, over all micro-batches and ranks."""
     average: Literal["token", "example"] = "token"
     """token: every supervised token counts the same; example: every example does, however long."""
+    answers: int = 16
+    """Held-out instructions that are answered at every measurement: how many of the answers end by themselves (0: none)."""
     pack: bool = False
     """Put several examples into one row of `data.max_tokens`; none sees another."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_at_least(0, self, "answers")
         self.prompt_weight  # noqa: B018  (raises for a loss that is none)
 
     @property

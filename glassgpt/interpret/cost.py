@@ -414,7 +414,7 @@ class Setup:
     checkpoint: bool = False
     """Keep each block's input alone, and compute the rest again."""
     lora_rank: int = 0
-    """Of the adapters beside all matrices of the blocks, which alone are trained then; 0 trains all weights."""
+    """Of the adapters beside all matrices of the blocks, which alone are trained then, by AdamW; 0 trains all weights."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     ranks: int = 1
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -458,13 +458,13 @@ def training_memory(config: ModelConfig, setup: Setup) -> TrainingMemory:
     r, sharded = setup.lora_rank, setup.ranks > 1 and setup.strategy == "fsdp" and not setup.lora_rank
     P, trained = parameters(config), adapter_parameters(config, r) if r else parameters(config)
     share = setup.ranks if sharded else 1
-    muon = config.n_layer * muon_entries(config, r) if setup.optimizer == "muon" else 0
+    muon = config.n_layer * muon_entries(config) if setup.optimizer == "muon" and not r else 0
     weights, state = -(-4 * (P + trained * bool(r)) // share), -(-(8 * trained - 4 * muon) // share)
     gradients = 4 * trained if setup.accumulates else -(-4 * trained // share)
     block, blocks = 4 * block_parameters(config), 4 * config.n_layer * block_parameters(config)
     exchange = 4 * P - blocks + min(blocks, 2 * block) + 2 * block if sharded else 4 * P if setup.ranks > 1 and not r else 0
     activations, loss, backward = _passes(config, setup)
-    step = muon_bytes(config, r) if muon else 0
+    step = muon_bytes(config) if muon else 0
     passes = weights + state + exchange + gradients * setup.accumulates + activations + max(loss, backward)
     N, D, embedding = setup.batch_size * setup.context_tokens, config.width, 0 if r else 4 * config.vocab_size * config.width
     first = block_activation_bytes(config, 0, setup.batch_size, setup.context_tokens, setup.precision, setup.kernel, r)
@@ -503,25 +503,20 @@ def _passes(config: ModelConfig, setup: Setup) -> tuple[int, int, int]:
     return kept, loss, again + max(head, below - 4 * V * D * (not config.tied_head))
 
 
-def muon_entries(config: ModelConfig, lora_rank: int = 0) -> int:
-    """Entries of one block's matrices that Muon steps: all but a router's, or the adapters'."""
-    if lora_rank:
-        return _adapter_entries(config, lora_rank)
+def muon_entries(config: ModelConfig) -> int:
+    """Entries of one block's matrices that Muon steps: all but a router's."""
     return matrix_entries(config) - config.width * config.moe.experts
 
 
-def muon_bytes(config: ModelConfig, lora_rank: int = 0) -> int:
+def muon_bytes(config: ModelConfig) -> int:
     """What Muon's step needs: its momentum looked ahead, float32, and for the most numerous matrices of one shape, which it
     orthogonalises together (q, k and v parted), a float32 stack, two bf16 ones and two of their Gram matrices."""
-    D, qkv, stacks = config.width, (config.n_head + 2 * config.kv_heads) * config.head_width, Counter[tuple[int, int]]()
-    for (rows, columns), count in adapted(config).items():
-        if lora_rank:
-            stacks[lora_rank, columns] += count
-            stacks[rows, lora_rank] += count
-        else:
-            stacks[rows, columns] += count
-    if not lora_rank:
-        stacks[qkv, D] -= 1
-        stacks[config.kv_heads * config.head_width, D] += config.n_head // config.kv_heads + 2
+    D, A, stacks = config.width, config.n_head * config.head_width, Counter[tuple[int, int]]()
+    stacks[config.kv_heads * config.head_width, D] += config.n_head // config.kv_heads + 2
+    stacks[D, A] += 1
+    experts = config.moe.experts + config.moe.shared
+    F = config.expert_width if experts else config.hidden_width
+    stacks[F, D] += (2 if config.mlp == "swiglu" else 1) * max(1, experts)
+    stacks[D, F] += max(1, experts)
     largest = max(count * (8 * rows * columns + 4 * min(rows, columns) ** 2) for (rows, columns), count in stacks.items())
-    return config.n_layer * (4 * muon_entries(config, lora_rank) + largest)
+    return config.n_layer * (4 * muon_entries(config) + largest)

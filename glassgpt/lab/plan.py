@@ -24,7 +24,7 @@ TUNING_TOKENS = 1e6
 """With adapters, where no number is given: what a few thousand examples have."""
 HEADROOM = 0.1
 """Share of a GPU's memory left to the allocator's gaps, the kernels' own buffers and the framework."""
-HOUR, DAY = 3600.0, 86400.0
+MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,7 @@ def _show(console: Console, found: Estimate, shape: ModelConfig, config: Plan) -
 
     if config.lora_rank:
         console.print(
-            f"adapters of rank {config.lora_rank} beside every matrix of the blocks: {found.trained:,} parameters are trained,"
-            f" {found.trained_share:.2%} of all"
+            f"adapters of rank {config.lora_rank}: {found.trained:,} parameters trained, {found.trained_share:.2%} of all"
         )
 
     console.print("\nFloating-point operations of a token", style="bold")
@@ -266,4 +265,6 @@ def _count(value: float) -> str:
 def _duration(seconds: float) -> str:
     if seconds >= 2 * DAY:
         return f"{seconds / DAY:,.1f} days"
-    return f"{seconds / HOUR:,.1f} hours" if seconds >= 2 * HOUR else f"{seconds / 60:,.1f} minutes"
+    if seconds < 2 * MINUTE:
+        return f"{seconds:.1f} seconds"
+    return f"{seconds / HOUR:,.1f} hours" if seconds >= 2 * HOUR else f"{seconds / MINUTE:,.1f} minutes"

@@ -9,14 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glassgpt.interpret.cost import CHUNK_LOGITS, PIECE_LOGITS
 from glassgpt.model import GPT, Routes
 
 IGNORE = -100
 """A target that nothing is learned from."""
-CHUNK_LOGITS = 2**26
-"""Logits that exist at once in `head_loss`: 128 MiB in bfloat16, 1,335 positions of a vocabulary of 50,257."""
-PIECE_LOGITS = 2**20
-"""Logits that a CPU turns into gradients at a time: 4 MiB in float32 stay in its cache."""
 
 
 @dataclass(frozen=True, eq=False)

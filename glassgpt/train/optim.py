@@ -39,15 +39,13 @@ def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     ]
     one_kind = len({kind for kind, _ in kinds}) == 1  # tensor parallelism leaves some parameters sharded, some not
     fused = one_kind and all(device in ("cpu", "cuda") for _, device in kinds)
-    adamw = AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=fused,
-        foreach=False,
-    )
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[Optimizer] = []
+    if groups:  # beside adapters Muon takes all there is
+        betas = (config.beta1, config.beta2)
+        optimizers.append(AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused, foreach=False))
     if not hidden:
-        return [adamw]
+        return optimizers
     stacked = {named[name] for name in hidden if name.endswith("attn.qkv.weight")}
     maps = gpt.config.n_head // gpt.config.kv_heads + 2  # of equal size, one above the other: q (shared keys: several), k, v
     muon = Muon(
@@ -57,7 +55,7 @@ def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
         momentum=config.momentum,
         parts=lambda parameter: maps if parameter in stacked else 1,
     )
-    return [adamw, muon]
+    return [*optimizers, muon]
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:

@@ -50,7 +50,7 @@ def _train(config: Ppo, ranks: Ranks) -> Path:
                 values = [headed.numbers(model.hidden(batch.ids)) * batch.is_token for batch in seen.batches]  # (B, T) each
             learnt = []
             for batch, score, old, start, value in zip(seen.batches, seen.scores, seen.old, seen.start, values, strict=True):
-                earned = objectives.token_rewards(score, objectives.k3(old, start), batch.is_token, beta)  # (B, T)
+                earned = objectives.token_rewards(score, old - start, batch.is_token, beta)  # (B, T); as a reward k1, not k3
                 learnt.append(objectives.gae(earned, value, batch.is_token, config.discount, config.gae_lambda))
             masks = [batch.is_token for batch in seen.batches]
             sums = [[float(a[m].sum()), float(a[m].square().sum())] for (a, _), m in zip(learnt, masks, strict=True)]

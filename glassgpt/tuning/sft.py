@@ -19,8 +19,8 @@ from glassgpt.train.session import Session, joined
 from glassgpt.tuning import examples, rollout, stage
 from glassgpt.tuning.examples import Example, Order, Rows, collate
 
-ANSWERS, ANSWER_TOKENS = 32, 96
-"""Held-out instructions that are answered at every measurement, and the longest answer."""
+ANSWER_TOKENS = 96
+"""Longest answer at a measurement."""
 
 
 def sft(config: Sft) -> Path:
@@ -71,7 +71,8 @@ def _train(config: Sft, ranks: Ranks) -> Path:
             if session.is_due(config.eval_interval):
                 entry |= look(scored, held.examples, ends, tokenizer, config, ranks)
                 session.say(f"step {step + 1}: {said(entry)}")
-                session.progress.show_sample(step + 1, entry["sample"])
+                if "sample" in entry:
+                    session.progress.show_sample(step + 1, entry["sample"])
             session.finish(entry, f"{sum(batch.ids.numel() for batch in batches) * ranks.world / entry['seconds']:,.0f} tokens/s")
     return Path(config.out_dir)
 
@@ -111,7 +112,9 @@ def look(
 ) -> dict[str, Any]:
     """Held-out loss, `val_format`, the share of likeliest answers that say something and end by themselves, and one of them."""
     loss = measure(scored, held_out, config.batch_size, ranks)
-    asked = held_out[:ANSWERS]
+    if not config.answers:
+        return {"val_loss": loss}
+    asked = held_out[: config.answers]
     every = [example.ids[: example.mask.index(True)] for example in asked]
     prompts = every[ranks.rank :: ranks.world]
     room = scored.model.config.context_tokens - max(map(len, every))
@@ -124,7 +127,9 @@ def look(
 
 
 def said(found: dict[str, Any]) -> str:
-    return (
-        f"held-out loss {found['val_loss']:.4f} nats per token of the responses; {found['val_format']:.0%} of the likeliest"
-        " answers say something and end by themselves"
+    share = (
+        f"; {found['val_format']:.0%} of the likeliest answers say something and end by themselves"
+        if "val_format" in found
+        else ""
     )
+    return f"held-out loss {found['val_loss']:.4f} nats per token of the responses{share}"

@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 from saved import KERNELS, saved_bytes
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from glassgpt.config import PRESETS, ModelConfig, ParallelConfig, preset
+from glassgpt.config import PRESETS, ModelConfig, OptimConfig, ParallelConfig, preset
 from glassgpt.config.model import MoeConfig
+from glassgpt.config.tuning import LoraConfig
 from glassgpt.generation.cache import KVCache
 from glassgpt.interpret import cost
 from glassgpt.interpret.cost import Kernel, Setup
-from glassgpt.model import GPT, plain, use_attention
-from glassgpt.train import loss, parallel
+from glassgpt.model import GPT, lora, plain, use_attention
+from glassgpt.train import loss, optim, parallel
 from glassgpt.train.loss import Scored
 
 SLOTS: dict[str, dict[str, Any]] = {
@@ -72,6 +75,16 @@ def test_every_slot_counts_as_the_network_does(name: str) -> None:
     assert cost.muon_entries(model.config) == sum(p.numel() for name, p in in_blocks.items() if "router" not in name)
 
 
+@pytest.mark.parametrize("name", SLOTS)
+def test_adapters_count_as_the_network_does(name: str) -> None:
+    """Beside every matrix of the blocks but a router's."""
+    model = GPT(shape(name))
+    trained = lora.add(model, LoraConfig(rank=3), seed=0)
+    assert cost.adapter_parameters(model.config, 3) == sum(p.numel() for p in trained)
+    assert cost.parameters(model.config) == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert cost.adapter_parameters(model.config, 0) == 0
+
+
 LLAMA = ModelConfig(
     vocab_size=128256, context_tokens=8192, n_layer=32, n_head=32, n_kv_head=8, width=4096, mlp_width=14336, position="rope",
     norm="rms", mlp="swiglu", bias=False, tied_head=False,
@@ -125,8 +138,10 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
 
-def counted_step(config: ModelConfig, B: int, T: int, kernel: str, checkpoint: bool) -> int:
+def counted_step(config: ModelConfig, B: int, T: int, kernel: str, checkpoint: bool, lora_rank: int = 0) -> int:
     model = GPT(config)
+    if lora_rank:
+        lora.add(model, LoraConfig(rank=lora_rank), seed=0)
     use_attention(model, KERNELS[kernel])
     ranks = parallel.Ranks(torch.device("cpu"))
     trained = parallel.spread(Scored(model), ParallelConfig(), ranks, compiled=False, checkpoint_activations=checkpoint)
@@ -144,6 +159,16 @@ def test_a_step_is_counted_exactly(name: str, kernel: Kernel) -> None:
     for checkpoint in (False, True):
         expected = cost.step_flops(config, B, T, kernel, checkpoint=checkpoint)
         assert expected.total == counted_step(config, B, T, kernel, checkpoint)
+
+
+@pytest.mark.parametrize("name", SLOTS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_step_with_adapters_is_counted_exactly(name: str, kernel: Kernel) -> None:
+    """No gradient of a frozen matrix, none at all below the first block; a bias of the scores that is frozen frees the kernel."""
+    config, B, T = shape(name), 2, 160
+    for checkpoint in (False, True):
+        expected = cost.step_flops(config, B, T, kernel, checkpoint=checkpoint, lora_rank=4)
+        assert expected.total == counted_step(config, B, T, kernel, checkpoint, lora_rank=4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "spans", "mixture", "modern"])
@@ -172,6 +197,17 @@ def test_the_usual_count_is_the_step_of_a_full_span() -> None:
     assert cost.training_flops(shape("spans"), 100) < cost.training_flops(shape("gpt2"), 100)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gqa", "modern", "mixture, shared"])
+def test_the_usual_count_with_adapters(name: str) -> None:
+    """It is the step's, but for the first block's qkv, from which nothing goes on downwards."""
+    config, r = shape(name), 4
+    step = cost.step_flops(config, 1, 100, "plain", lora_rank=r)
+    lowest = 2 * config.width * ((config.n_head + 2 * config.kv_heads) * config.head_width + r)
+    assert step.total == 100 * (cost.training_flops(config, 100, r) - lowest)
+    assert step.forward == 100 * cost.forward_flops(config, 100, r)
+    assert 3 * cost.forward_flops(config, 100) == cost.training_flops(config, 100)
+
+
 # ---------------------------------------------------------------------- bytes
 
 
@@ -194,6 +230,36 @@ def test_activations_are_what_autograd_keeps(name: str, kernel: Kernel, precisio
     expected, measured = cost.activation_bytes(config, B, T, precision, kernel), saved_bytes(config, B, T, kernel, precision)
     # exact, but for the few scalars of the routers' losses
     assert 0 <= measured - expected <= (100 if config.moe.experts else 0)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("name", SLOTS)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_beside_adapters_are_what_autograd_keeps(name: str, kernel: Kernel, precision: cost.Precision) -> None:
+    config, B, T = shape(name), 2, 160
+    for rank in (1, 6):
+        expected = cost.activation_bytes(config, B, T, precision, kernel, rank)
+        measured = saved_bytes(config, B, T, kernel, precision, rank)
+        assert 0 <= measured - expected <= (100 if config.moe.experts else 0)
+
+
+def test_usual_mistakes_about_adapters_would_be_seen() -> None:
+    """What is counted wrongly most easily is far from what autograd keeps, which the test above meets to the byte."""
+    config, B, T, r = shape("gpt2"), 2, 160, 4
+    N, D, L = B * T, config.width, config.n_layer
+    measured = saved_bytes(config, B, T, "fused", "fp32", r)
+    right = cost.activation_bytes(config, B, T, "fp32", "fused", r)
+    mistakes = {
+        "all as if everything were trained": cost.activation_bytes(config, B, T, "fp32", "fused"),
+        "a gradient of the head": right + 4 * config.vocab_size * D,
+        "low-rank products forgotten": right - L * 4 * 4 * N * r,
+        "only one input kept for up and qkv": right - L * 4 * N * D,
+        "norm_1 of the first block as of any other": right + 4 * N * (D + 2),
+        "ids kept for the embedding's gradient": right + 16 * N,
+    }
+    assert right == measured
+    assert [name for name, wrong in mistakes.items() if wrong == measured] == []
 
 
 def test_chunks_are_those_of_the_loss() -> None:
@@ -222,3 +288,60 @@ def test_more_of_anything_takes_more() -> None:
     assert cost.training_memory(config, dataclasses.replace(base, checkpoint=True)).peak < peak
     muon = cost.training_memory(config, dataclasses.replace(base, optimizer="muon"))
     assert muon.optimizer == 8 * cost.parameters(config) - 4 * 12 * cost.muon_entries(config)
+
+
+class Made(TorchDispatchMode):
+    """The shapes of all that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.shapes |= {tuple(x.shape) for x in (out if isinstance(out, tuple | list) else (out,)) if isinstance(x, Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern", "mixture, shared"])
+def test_state_is_that_of_the_adapters_alone(name: str) -> None:
+    """A real step: gradients, state and weights as they lie in memory; and no tensor as large as the embedding is ever made."""
+    config, r = shape(name, vocab_size=700), 4
+    model = GPT(config)
+    ids, targets = torch.randint(config.vocab_size, (2, 2, 40))
+    with Made() as before:
+        Scored(model)(ids, targets).backward()
+    assert (config.vocab_size, config.width) in before.shapes  # where everything is trained
+    model.zero_grad()
+    lora.add(model, LoraConfig(rank=r), seed=0)
+    steppers = optim.build(model, OptimConfig())
+    with Made() as made:
+        Scored(model)(ids, targets).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for stepper in steppers:
+        stepper.step()
+    state = sum(t.nbytes for t in optim.state(model, steppers).values() if t.ndim)
+    memory = cost.training_memory(config, Setup(2, 40, precision="fp32", lora_rank=r))
+    assert memory.weights == sum(p.nbytes for p in model.parameters())
+    assert (memory.gradients, memory.optimizer) == (sum(g.nbytes for g in gradients), state)
+    assert (config.vocab_size, config.width) not in made.shapes
+    whole = cost.training_memory(config, Setup(2, 40, precision="fp32"))
+    assert memory.optimizer < whole.optimizer / 2 and memory.gradients < whole.gradients / 2  # counted for frozen weights
+
+
+def test_adapters_lie_whole_on_every_rank() -> None:
+    config = PRESETS["gpt2"]
+    one = cost.training_memory(config, Setup(lora_rank=8))
+    for strategy in ("ddp", "fsdp"):
+        assert cost.training_memory(config, Setup(lora_rank=8, ranks=4, strategy=strategy)) == one  # type: ignore[arg-type]
+
+
+def test_more_of_an_adapter_takes_more() -> None:
+    config = preset("gpt2", dropout=0.0)
+    base = Setup(batch_size=2, precision="fp32", lora_rank=8)
+    found = cost.training_memory(config, base)
+    assert found.peak < cost.training_memory(config, dataclasses.replace(base, lora_rank=0)).peak
+    assert cost.training_memory(config, dataclasses.replace(base, lora_rank=16)).peak > found.peak
+    assert cost.training_memory(config, dataclasses.replace(base, checkpoint=True)).peak < found.peak
+    several = cost.training_memory(config, dataclasses.replace(base, accumulates=True))
+    assert several.peak == found.peak + found.gradients

@@ -73,6 +73,25 @@ def test_every_option_changes_the_memory(changes: dict[str, object]) -> None:
     assert estimate(PRESETS["gpt2"], base).kept != estimate(PRESETS["gpt2"], dataclasses.replace(base, **changes)).kept  # type: ignore[arg-type]
 
 
+def test_adapters_by_hand() -> None:
+    """gpt2-large: r * (in + out) of four matrices in 36 blocks; the peak of a short row is hardly more than the weights."""
+    shape = PRESETS["gpt2-large"]
+    row = Plan(batch_size=1, context_tokens=64, precision="fp32", device="cpu")
+    found, whole = estimate(shape, dataclasses.replace(row, lora_rank=8)), estimate(shape, row)
+    D = shape.width
+    assert found.adapters == found.trained == 36 * 8 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D)) == 5_898_240
+    assert found.trained_share == found.adapters / (whole.parameters + found.adapters)
+    assert (whole.adapters, whole.trained, whole.trained_share) == (0, whole.parameters, 1.0)
+    assert found.kept.weights == 4 * (whole.parameters + found.adapters)
+    assert (found.kept.gradients, found.kept.optimizer) == (4 * found.adapters, 8 * found.adapters)
+    assert found.kept.peak < 3.6e9 and whole.checkpointed.peak > 12e9
+    trained_too = found.kept.weights + found.kept.gradients + found.kept.optimizer
+    assert found.checkpointed.peak - trained_too < 4 * shape.vocab_size * D / 4  # no gradient of the embedding at the end
+    assert found.fits(found.kept, 8) and not whole.fits(whole.checkpointed, 8)
+    assert 2 * found.forward_flops < found.training_flops < 2.1 * found.forward_flops
+    assert (found.training_tokens, whole.training_tokens) == (1e6, 20 * whole.active)
+
+
 # ---------------------------------------------------------------------- the command
 
 
@@ -98,6 +117,27 @@ def test_the_verdict_follows_the_peak(capsys: pytest.CaptureFixture[str]) -> Non
     assert shown == [["too", "much", "too", "much"], ["too", "much", "fits"], ["fits", "fits"]]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "mixtral-8x7b"])
+def test_adapters_have_a_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", name, "--lora-rank", "8"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    trained = cost.adapter_parameters(PRESETS[name], 8)
+    share = f"{trained / (trained + cost.parameters(PRESETS[name])):.2%}"
+    assert f"adapters of rank 8: {trained:,} parameters trained, {share} of all\n" in text
+    assert "of the adapters" in text and "a million" in text
+    assert main(["plan", name]) == 0
+    assert "adapters" not in capsys.readouterr().out
+
+
+def test_json_tells_of_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(Plan("gpt2", json=True, lora_rank=4))
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["lora_rank"], shown["adapters"], shown["trained"]) == (4, 589_824, 589_824)
+    assert shown["trained_share"] == 589_824 / (124_439_808 + 589_824)
+    assert shown["kept"]["optimizer"] == 8 * 589_824
+
+
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(Plan("gpt2", json=True, gpus=4, strategy="ddp", context_tokens=512))
     shown = json.loads(capsys.readouterr().out)
@@ -115,6 +155,9 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
         (["gpt2", "--context_tokens", "1025"], "context is 1024 tokens; got context_tokens 1025"),
         (["gpt2", "--gpus", "0"], "gpus must be at least 1; got 0"),
         (["gpt2", "--batch_size", "0"], "batch_size must be at least 1; got 0"),
+        (["gpt2", "--lora-rank", "-1"], "lora_rank must be at least 0; got -1"),
+        (["gpt2", "--lora-rank", "8", "--gpus", "2"], "not divided by fsdp; give --strategy ddp"),
+        (["gpt2", "--lora-rank", "8", "--optimizer", "muon"], "give --optimizer adamw"),
         (["gpt2", "--mfu", "1.5"], "mfu is a share of the peak, above 0 and at most 1; got 1.5"),
         (["gpt2", "--gpu_memory_gb", "0"], "gpu_memory_gb must be positive; got 0.0"),
         (["gpt2", "--peak_tflops", "nan"], "peak_tflops must be positive; got nan"),
@@ -159,10 +202,18 @@ def test_a_real_step_takes_what_was_predicted(
     assert abs(row.error) < 0.1, row
 
 
+@pytest.mark.skipif(not IS_LINUX, reason="the peak of a process can be reset on Linux only")
+def test_a_real_step_of_adapters_takes_what_was_predicted() -> None:
+    row = memory_row(small(MODERN), "fp32", checkpoint=True, micro_batches=1, optimizer="adamw", device=CPU, lora_rank=8)
+    assert row.measured > 80e6
+    assert abs(row.error) < 0.1, row
+
+
+@pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("config", [MODERN, dataclasses.replace(MODERN, moe=MoeConfig(experts=4))], ids=["modern", "mixture"])
-def test_operations_of_a_real_step_are_exact(config: ModelConfig) -> None:
+def test_operations_of_a_real_step_are_exact(config: ModelConfig, rank: int) -> None:
     shape = dataclasses.replace(small(config), n_layer=2, context_tokens=160)
-    assert [row.error for row in flops_rows(shape)] == [0, 0, 0]
+    assert [row.error for row in flops_rows(shape, lora_rank=rank)] == [0, 0, 0]
 
 
 def test_the_law_of_attention_is_measured() -> None:

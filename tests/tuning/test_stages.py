@@ -207,6 +207,14 @@ def test_beta_holds_on_to_the_start(home: Path, tmp_path: Path) -> None:
     assert found[1.0][-1]["kl"] < 0.5 * found[0.0][-1]["kl"]
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_muon_trains_adapters(stage: str, home: Path, tmp_path: Path) -> None:
+    """Then AdamW has nothing left, or a value head alone."""
+    optim = OptimConfig(optimizer="muon", learning_rate=0.003, warmup_steps=2)
+    log = read_log(run(stage, home, tmp_path / "run", optim=optim, lora=LORA))
+    assert len(log) == 6 and log[-1]["grad_norm"] > 0
+
+
 # ---------------------------------------------------------------------- what goes wrong
 
 
