@@ -46,5 +46,5 @@ class Merge:
     """Folder to make; it must not exist."""
     to: Literal["glassgpt", "hf", "gguf"] = "glassgpt"
     """Layout, as `glassgpt export` has them."""
-    dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
-    """Precision of the written weights; as-is keeps that of the base."""
+    dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the sum; as-is takes that of the base, which may round away much of what the adapter adds."""

@@ -87,6 +87,8 @@ class Inspect:
     """One JSON object instead of text."""
 
     def __post_init__(self) -> None:
+        if not self.files:
+            raise UserError("no file to inspect; name at least one")
         check_at_least(0, self, "max_tokens", "show")
 
 
@@ -113,6 +115,8 @@ class Tuning:
     """Micro-batches in one step, over all ranks: effective batch = batch_size * accumulation_steps."""
     eval_interval: int = 50
     """Steps between measurements on held-out examples (0: only at the beginning and the end)."""
+    eval_examples: int = 256
+    """Held-out examples that a measurement reads at most."""
     save_interval: int = 50
     """Steps between checkpoints (0: only at the end)."""
     keep_checkpoints: int = 2
@@ -132,7 +136,7 @@ class Tuning:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_at_least(1, self, "batch_size", "accumulation_steps")
+        check_at_least(1, self, "batch_size", "accumulation_steps", "eval_examples")
         check_at_least(0, self, "max_steps", "eval_interval", "save_interval")
         check_seed(self.seed)
         if not (self.epochs > 0 and math.isfinite(self.epochs)):
@@ -147,7 +151,7 @@ class Sft(Tuning):
     """Teach a model to answer: supervised fine-tuning on conversations. Writes a run folder that every command accepts.
 
     Full tuning wants a learning rate of 1e-5 to 1e-4, adapters (--lora.rank 8) about ten times that. `torchrun
-    --nproc-per-node N -m glassgpt sft ...` trains the same run on N processes.
+    --nproc-per-node N -m -- glassgpt sft ...` trains the same run on N processes.
     """
 
     out_dir: str = "runs/sft"
@@ -214,6 +218,8 @@ class Dpo(Tuning):
             raise UserError(f"beta must be positive; got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"label_smoothing must be in [0, 0.5); got {self.label_smoothing}")
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise UserError(f"label_smoothing is for loss sigmoid; with {self.loss} leave it 0")
 
 
 @dataclass(frozen=True)
@@ -250,6 +256,10 @@ class Rollouts(Tuning):
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}")
         if not (self.beta >= 0 and math.isfinite(self.beta)):
             raise UserError(f"beta must be at least 0; got {self.beta}")
+        if self.lora.dropout:
+            raise UserError(
+                "dropout would change the policy between writing and learning, so it is off here; leave lora.dropout 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -270,6 +280,17 @@ class Ppo(Rollouts):
     """Weight of the value head's loss."""
     value_clip: float = 0.2
     """A value's gain counts only while it is within this of the value before the update."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("discount", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
+        for name in ("target_kl", "value_weight", "value_clip"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise UserError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if self.target_kl and not self.beta:
+            raise UserError("target_kl multiplies beta, which is 0; give a beta above 0 to begin with")
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ class Session:
         if self._saved and self._saved[-1].name == f"step-{self.step:06d}":
             return
         state = (self._model, self._optimizers, self._tokenizer)
-        facts |= {"total_steps": self.total_steps} | ({"kept": self.kept} if self.kept else {})
+        facts |= {"stage": self._command, "total_steps": self.total_steps} | ({"kept": self.kept} if self.kept else {})
         folder = checkpoint.save(self.run, self.step, *state, facts, self.ranks, **self._saved_as)
         self._saved.append(folder)
         if self.ranks.is_first:

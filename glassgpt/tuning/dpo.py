@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glassgpt.config import ParallelConfig
+from glassgpt.config import ParallelConfig, UserError
 from glassgpt.config.tuning import Dpo
 from glassgpt.model import GPT, lora
 from glassgpt.train import machine, optim, parallel
@@ -31,9 +31,9 @@ def _train(config: Dpo, ranks: Ranks) -> Path:
     model, tokenizer = stage.start(config, ranks)
     read = stage.judged if config.loss == "kto" else stage.pairs
     learnt, held, audit = read(config, model, tokenizer)
+    if config.loss == "kto" and len(learnt) < 2:
+        raise UserError("kto needs at least two labelled answers to learn from: its drift is measured on each other's")
     low_precision = machine.autocast(ranks.device, config.precision)
-    before = references(config, model, [*learnt, *held], low_precision)  # (N, 2)
-    before_learnt, before_held = before[: len(learnt)], before[len(learnt) :]
     order = Order(tuple(len(two[0].ids) for two in learnt), config.seed)
     size, micro_batches = parallel.share_batch(config.batch_size, config.accumulation_steps, ranks.world)
     optimizers = optim.build(model, config.optim)
@@ -45,6 +45,15 @@ def _train(config: Dpo, ranks: Ranks) -> Path:
         session.say(
             f"{len(learnt):,} {'labelled answers' if config.loss == 'kto' else 'pairs'} to learn from, {len(held):,} held out"
         )
+        own = stage.reference(config, model)
+        rows_needed = order.rows(0, min(len(learnt), total_steps * config.batch_size * config.accumulation_steps))
+        needed = sorted({index for (index,) in rows_needed})
+        session.say(f"the starting model reads {len(needed) + len(held):,} of them first")
+        before_learnt, before_held = (
+            references(config, model, own, some, index, low_precision, ranks)  # (N, 2)
+            for some, index in ((learnt, needed), (held, list(range(len(held)))))
+        )
+        del own
         for step in session.steps():
             count, total, told = config.batch_size * config.accumulation_steps, 0.0, [0.0, 0.0]
             mine = [order.share(step, micro, ranks.rank, size, micro_batches, ranks.world) for micro in range(micro_batches)]
@@ -77,19 +86,33 @@ def logps(model: GPT, texts: Sequence[Example], *, per_token: bool) -> Tensor:
 
 @torch.no_grad()
 def references(
-    config: Dpo, model: GPT, items: Sequence[Pair | Judged], low_precision: contextlib.AbstractContextManager[object]
+    config: Dpo,
+    model: GPT,
+    own: GPT | None,
+    items: Sequence[Pair | Judged],
+    needed: Sequence[int],
+    low_precision: contextlib.AbstractContextManager[object],
+    ranks: Ranks,
 ) -> Tensor:
-    """What the starting model gives both texts of each item, (N, 2): computed once, so that no second model stays in memory."""
-    own = stage.reference(config, model)
-    device, found = next(model.parameters()).device, []
+    """What the starting model (`own`, or without one the model with its adapters off) gives both texts of each item, (N, 2).
+
+    Computed once, for the items that the run will need, so that no second model stays in memory. Shared out over the ranks.
+    """
+    weight = model.head.weight
+    found = torch.full((len(items), 2), torch.nan, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
     with lora.disabled(model) if own is None else contextlib.nullcontext(), low_precision:
         judging = (model if own is None else own).eval()
-        for start in range(0, len(items), config.batch_size):
-            some = items[start : start + config.batch_size]
+        mine: dict[int, list[float]] = {}
+        for start in range(ranks.rank * config.batch_size, len(needed), ranks.world * config.batch_size):
+            index = needed[start : start + config.batch_size]
+            some = [items[i] for i in index]
             both = logps(judging, [item[0] for item in some] + [item[1] for item in some], per_token=config.loss == "ipo")
-            found.append(torch.stack([both[: len(some)], both[len(some) :]], dim=1))
+            mine |= dict(zip(index, both.view(2, -1).T.tolist(), strict=True))
     model.train()
-    return torch.cat(found).to(device)
+    for part in ranks.gather(mine):
+        for number, two in part.items():
+            found[number] = torch.tensor(two, dtype=found.dtype)
+    return found
 
 
 def judge(

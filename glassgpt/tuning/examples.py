@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -159,11 +159,11 @@ def _shortened(example: Example, max_tokens: int, overlong: str) -> Example | st
         )
     if overlong == "drop":
         return "too long"
-    cut = _truncated(example, max_tokens)
+    cut = truncated(example, max_tokens)
     return cut if cut.n_response else "its instruction alone is too long"
 
 
-def _truncated(example: Example, max_tokens: int) -> Example:
+def truncated(example: Example, max_tokens: int) -> Example:
     """Without what is beyond max_tokens, and then without a following instruction that nothing answers."""
     last = max((place for place, learnt in enumerate(example.mask[:max_tokens]) if learnt), default=-1)
     return Example(example.ids[: last + 1], example.mask[: last + 1], example.place)
@@ -228,8 +228,6 @@ def judged(records: Sequence[Record], tokenizer: Tokenizer, template: str) -> li
             raise UserError(
                 f"{record.place}: recognised as {record.shape}; kto wants fields prompt, completion and label, or pairs"
             )
-    if len(singles) < 2:
-        raise UserError("kto needs at least two labelled answers")
     step = 2 if records[0].rejected else 1  # the other answer of a pair is to the same prompt
     found = []
     for number, (record, answer, is_good) in enumerate(singles):
@@ -318,23 +316,20 @@ class Order:
     """Pack examples into rows of so many inputs; None gives each example a row of its own."""
 
     def rows_per_epoch(self, epoch: int = 0) -> int:
-        return len(self._epoch(epoch))
-
-    def _epoch(self, epoch: int) -> tuple[tuple[int, ...], ...]:
-        return _packed(self.lengths, self.seed, epoch, self.row_tokens)
+        if self.row_tokens is None:
+            return len(self.lengths)
+        return _row_count(self.lengths, self.seed, epoch, self.row_tokens)
 
     def rows(self, start: int, count: int) -> list[tuple[int, ...]]:
         """The examples of `count` rows from number `start` on, counted over all epochs."""
         found: list[tuple[int, ...]] = []
         epoch = 0
+        if self.row_tokens is None:
+            epoch, start = divmod(start, len(self.lengths))
         while len(found) < count:
-            rows = self._epoch(epoch)
-            if start < len(rows):
-                found += rows[start : start + count - len(found)]
-                start = 0
-            else:
-                start -= len(rows)
-            epoch += 1
+            if start < (there := self.rows_per_epoch(epoch)):
+                found += _packed(self.lengths, self.seed, epoch, self.row_tokens)[start : start + count - len(found)]
+            start, epoch = max(0, start - there), epoch + 1
         return found
 
     def share(self, step: int, micro: int, rank: int, size: int, micro_batches: int, world: int) -> list[tuple[int, ...]]:
@@ -343,7 +338,13 @@ class Order:
         return self.rows(step * mine * world + rank * mine + micro * size, size)
 
 
-@lru_cache(maxsize=8)
+@cache
+def _row_count(lengths: tuple[int, ...], seed: int, epoch: int, row_tokens: int | None) -> int:
+    """Numbers stay when the rows themselves are forgotten: a later epoch is found without packing all before it again."""
+    return len(_packed(lengths, seed, epoch, row_tokens))
+
+
+@lru_cache(maxsize=4)
 def _packed(lengths: tuple[int, ...], seed: int, epoch: int, row_tokens: int | None) -> tuple[tuple[int, ...], ...]:
     order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
     if row_tokens is None:

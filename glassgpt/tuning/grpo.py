@@ -65,8 +65,6 @@ def _train(config: Grpo, ranks: Ranks) -> Path:
                 loss_of_step = session.update(total, 1.0)
             entry = session.entry(loss_of_step, tokens=seen.tokens) | seen.facts
             entry["clipped"] = ranks.total([outside])[0] / seen.tokens
-            sampler.report(session, entry)
-            session.finish(
-                entry, f"reward {entry['reward']:+.3f}  KL {entry['kl']:.3f}  {seen.tokens / entry['seconds']:,.0f} tokens/s"
-            )
+            speed = f"reward {entry['reward']:+.3f}  KL {entry['kl']:.3f}  {seen.tokens / entry['seconds']:,.0f} tokens/s"
+            sampler.finish(session, entry, speed)
     return Path(config.out_dir)

@@ -76,7 +76,6 @@ def _train(config: Ppo, ranks: Ranks) -> Path:
             entry["clipped"], entry["value_loss"] = (number / seen.tokens for number in ranks.total(told))
             if config.target_kl:
                 beta = session.kept["beta"] = objectives.adapted_beta(beta, entry["kl"], config.target_kl, sampler.answers)
-            sampler.report(session, entry)
             speed = f"reward {entry['reward']:+.3f}  KL {entry['kl']:.3f}  {seen.tokens / entry['seconds']:,.0f} tokens/s"
-            session.finish(entry, speed)
+            sampler.finish(session, entry, speed)
     return Path(config.out_dir)

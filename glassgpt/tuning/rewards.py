@@ -45,6 +45,8 @@ class Answer:
     """Where the prompt stands: "file.jsonl, line 3"."""
     fields: Mapping[str, Any]
     """The prompt's row: `answer`, `test` and whatever else it has."""
+    is_whole: bool = True
+    """Whether it ended by itself; one that was cut off did not."""
 
     @property
     def prompt(self) -> str:

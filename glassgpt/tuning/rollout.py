@@ -127,13 +127,19 @@ class Judged(NamedTuple):
     scores: Scores
 
 
-def prompts(records: Sequence[Record], tokenizer: Tokenizer, config: Rollouts, context_tokens: int) -> tuple[list[Prompt], int]:
+def prompts(records: Sequence[Record], tokenizer: Tokenizer, config: Rollouts, most_tokens: int) -> tuple[list[Prompt], int]:
     """Prompts that leave room for an answer of `max_new_tokens`, and how many do not; of conversations, what stands before the
     last answer. Raises UserError when none does.
     """
     found = [Prompt(record, prompt_ids(record.prompt, tokenizer, config.data.template)) for record in records]
-    room = (config.data.max_tokens or context_tokens) - config.max_new_tokens
+    room = most_tokens - config.max_new_tokens
     fitting = [prompt for prompt in found if len(prompt.ids) <= room]
+    if config.data.overlong == "error" and len(fitting) < len(found):
+        first = next(prompt for prompt in found if len(prompt.ids) > room)
+        raise UserError(
+            f"{first.record.place}: the prompt has {len(first.ids)} tokens, and {room} are left beside max_new_tokens ="
+            f" {config.max_new_tokens}; shorten it, or use --data.overlong drop"
+        )
     if not fitting:
         raise UserError(
             f"no prompt of {len(found)} leaves room for an answer: the shortest has {min(len(p.ids) for p in found)} tokens, and"
@@ -172,7 +178,7 @@ class Sampler:
         self._start = stage.reference(config, model)
         self._ends = end_ids(tokenizer, config.data.template)
         learnt, held = stage.read(config.data, config.seed)
-        context = model.config.context_tokens
+        context = stage.longest(config.data, model)
         (self.learnt, self._dropped), (self.held, _) = (prompts(some, tokenizer, config, context) for some in (learnt, held))
         self._order = Order(tuple(len(prompt.ids) for prompt in self.learnt), config.seed)
         self.total_steps = stage.steps(config, self._order.rows_per_epoch())
@@ -200,8 +206,8 @@ class Sampler:
             rows = self._order.share(step, micro, self.ranks.rank, self._size, self._micro_batches, self.ranks.world)
             first = (self.ranks.rank * self._micro_batches + micro) * self._size * self.each
             asked = [self.learnt[index] for (index,) in rows for _ in range(self.each)]
-            base = (config.seed * 1_000_003 + step) * 1_000_003 + 1
-            judged.append(self.judge(asked, [base + first + row for row in range(len(asked))]))
+            base = ((config.seed * 1_000_003 + step) * 1_000_003 + 1) % 2**62  # a generator takes no larger seed
+            judged.append(self.judge(asked, [(base + first + row) % 2**63 for row in range(len(asked))]))
         device, dtype = self.model.head.weight.device, self.model.head.weight.dtype
         batches = [collate([one.prompt.ids for one in some], [one.written for one in some], device) for some in judged]
         scores = [torch.tensor([one.scores.total for one in some], dtype=torch.float64).to(device, dtype) for some in judged]
@@ -245,6 +251,18 @@ class Sampler:
 
     def judge(self, asked: Sequence[Prompt], seeds: Sequence[int]) -> list[Judged]:
         """Answers to these prompts with their scores. Raises UserError on every rank when a reward fails on one."""
+        judged: list[Judged] = []
+        failure: UserError | None = None
+        try:
+            judged = self._judge(asked, seeds)
+        except UserError as error:
+            failure = error
+        told = [message for message in self.ranks.gather(None if failure is None else str(failure)) if message is not None]
+        if told:
+            raise failure or QuietError(told[0])
+        return judged
+
+    def _judge(self, asked: Sequence[Prompt], seeds: Sequence[int]) -> list[Judged]:
         written = write(
             self.model,
             [prompt.ids for prompt in asked],
@@ -256,18 +274,10 @@ class Sampler:
         )
         texts = [self.tokenizer.decode([i for i in answer.ids if i not in self._ends]) for answer in written]
         answers = [
-            Answer(prompt.record.prompt, text, prompt.record.place, prompt.record.fields)
-            for prompt, text in zip(asked, texts, strict=True)
+            Answer(prompt.record.prompt, text, prompt.record.place, prompt.record.fields, answer.is_whole)
+            for prompt, text, answer in zip(asked, texts, written, strict=True)
         ]
-        failure: UserError | None = None
-        try:
-            scores = self.rewards(answers)
-        except UserError as error:
-            failure = error
-        told = [message for message in self.ranks.gather(None if failure is None else str(failure)) if message is not None]
-        if told:
-            raise failure or QuietError(told[0])
-        return list(map(Judged, asked, written, texts, scores))
+        return list(map(Judged, asked, written, texts, self.rewards(answers)))
 
     def measure(self, limit: int = HELD_OUT_ANSWERS) -> tuple[dict[str, float], str]:
         """What sampled answers to held-out prompts are worth (`val_reward`, its parts, `val_length`), and a few of them."""
@@ -282,8 +292,22 @@ class Sampler:
         told |= {f"val_{name}": part for name, part in zip(names, parts, strict=True)} if len(names) > 1 else {}
         return told, show(found)
 
-    def report(self, session: Session, entry: dict[str, Any]) -> None:
-        """Where it is due, put the held-out reward into the log's entry of the step under way, and show some answers."""
+    def finish(self, session: Session, entry: dict[str, Any], speed: str) -> None:
+        """End the step; before it, where that is due, put the held-out reward into its entry of the log and show some answers.
+
+        A reward that fails on those stops the run too, after a checkpoint of the step.
+        """
+        failure: UserError | None = None
+        try:
+            self._report(session, entry)
+        except UserError as error:
+            failure = error
+        session.finish(entry, speed)
+        if failure is not None:
+            session.save({})
+            raise failure
+
+    def _report(self, session: Session, entry: dict[str, Any]) -> None:
         if session.is_due(self.config.eval_interval):
             found, answers = self.measure()
             entry |= found

@@ -13,8 +13,8 @@ from glassgpt.config import UserError
 from glassgpt.loading import find, load
 from glassgpt.model import GPT
 from glassgpt.text.chat import Message
-from glassgpt.train.checkpoint import HEAD_FILE
-from glassgpt.tuning.examples import encode
+from glassgpt.train.checkpoint import HEAD_FILE, facts
+from glassgpt.tuning.examples import encode, end_ids
 from glassgpt.tuning.rewards import Answer
 
 BATCH = 16
@@ -50,20 +50,23 @@ def open_scorer(name: str, device: torch.device) -> Callable[[Sequence[Answer]],
     """
     model, tokenizer = load(name, device=str(device))
     path = find(name).folder / HEAD_FILE
-    if not path.is_file():
-        raise UserError(f"{name} is no reward model: no {HEAD_FILE} in {path.parent}; train one with `glassgpt reward`")
+    if not path.is_file() or facts(path.parent).get("stage") != "reward":
+        raise UserError(f"{name} is no reward model, whose checkpoints hold a {HEAD_FILE}; train one with `glassgpt reward`")
     headed = Headed(model).eval()
     try:
         headed.head.load_state_dict(safetensors.torch.load_file(path))
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot read the reward model's head: {error}") from error
     template = "none" if tokenizer.template is None else "chat"
+    ends = end_ids(tokenizer, template)
 
     @torch.no_grad()
     def score(answers: Sequence[Answer]) -> list[float]:
         texts = []
         for answer in answers:
             ids = encode(answer.messages, [Message("assistant", answer.response)], tokenizer, template).ids
+            while not answer.is_whole and len(ids) > 1 and ids[-1] in ends:
+                ids.pop()
             if len(ids) > model.config.context_tokens:
                 raise UserError(
                     f"the reward model {name} has a context of {model.config.context_tokens} tokens; the prompt of {answer.place}"

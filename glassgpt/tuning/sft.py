@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import nn
 
 from glassgpt.config import ParallelConfig
 from glassgpt.config.tuning import Sft
+from glassgpt.data.records import Record
 from glassgpt.text import Tokenizer
 from glassgpt.train import machine, optim, parallel
 from glassgpt.train.loss import Scored
 from glassgpt.train.parallel import Ranks
 from glassgpt.train.session import Session, joined
 from glassgpt.tuning import examples, rollout, stage
-from glassgpt.tuning.examples import Example, Order, Rows, collate
+from glassgpt.tuning.examples import Audit, Example, Order, Rows, collate
 
 ANSWER_TOKENS = 96
 """Longest answer at a measurement."""
@@ -35,14 +37,16 @@ def sft(config: Sft) -> Path:
 def _train(config: Sft, ranks: Ranks) -> Path:
     config = stage.opened(config, ranks)
     model, tokenizer = stage.start(config, ranks)
-    learnt, held_out = stage.read(config.data, config.seed)
-    longest, ends = stage.longest(config.data, model), examples.end_ids(tokenizer, config.data.template)
-    audit, held = (
-        examples.fit(examples.conversations(some, tokenizer, config.data.template), longest, config.data.overlong, ends)
-        for some in (learnt, held_out)
-    )
-    lengths = tuple(len(example.ids) for example in audit.examples)
-    order = Order(lengths, config.seed, longest if config.pack else None)
+    longest, _, ends = stage.limits(config, model, tokenizer)
+
+    def fitting(records: Sequence[Record]) -> tuple[list[Example], Audit]:
+        audit = examples.fit(
+            examples.conversations(records, tokenizer, config.data.template), *stage.limits(config, model, tokenizer)
+        )
+        return audit.examples, audit
+
+    learnt, held, audit = stage.both_parts(config, fitting)
+    order = Order(tuple(len(example.ids) for example in learnt), config.seed, longest if config.pack else None)
     size, micro_batches = parallel.share_batch(config.batch_size, config.accumulation_steps, ranks.world)
     scored, optimizers = Scored(model), optim.build(model, config.optim)
     low_precision = machine.autocast(ranks.device, config.precision)
@@ -52,12 +56,12 @@ def _train(config: Sft, ranks: Ranks) -> Path:
         session.say(stage.banner(config, model, ranks))
         stage.show(session, audit)
         if session.step == 0:
-            session.say(f"before: {said(look(scored, held.examples, ends, tokenizer, config, ranks))}")
+            session.say(f"before: {said(look(scored, held, ends, tokenizer, config, ranks))}")
         for step in session.steps():
             batches = []
             for micro in range(micro_batches):
                 rows = order.share(step, micro, ranks.rank, size, micro_batches, ranks.world)
-                chosen = [[audit.examples[index] for index in row] for row in rows]
+                chosen = [[learnt[index] for index in row] for row in rows]
                 batches.append(collate(chosen, config.prompt_weight, config.average).to(ranks.device))
             count = ranks.total([sum(batch.count for batch in batches)])[0]
             nats = 0.0
@@ -69,7 +73,7 @@ def _train(config: Sft, ranks: Ranks) -> Path:
             total = session.update(nats, count, lambda batches=batches: worst(scored, batches, ranks))  # type: ignore[misc]
             entry = session.entry(total, tokens=count)
             if session.is_due(config.eval_interval):
-                entry |= look(scored, held.examples, ends, tokenizer, config, ranks)
+                entry |= look(scored, held, ends, tokenizer, config, ranks)
                 session.say(f"step {step + 1}: {said(entry)}")
                 if "sample" in entry:
                     session.progress.show_sample(step + 1, entry["sample"])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -28,21 +31,39 @@ from glassgpt.tuning import examples
 from glassgpt.tuning.examples import Audit, Judged, Pair
 
 FREE_ON_RESUME = (
-    *("out_dir", "resume", "eval_interval", "save_interval", "keep_checkpoints", "sample_interval"),
+    *("out_dir", "resume", "eval_interval", "save_interval", "keep_checkpoints", "sample_interval", "answers"),
     *("device", "spike_deviations", "track", "reward_seconds"),
 )
 
 BINS = 40
+DATA_FILE = "data.json"
 
 Config = TypeVar("Config", bound=Tuning)
+Item = TypeVar("Item")
 
 
 def opened(config: Config, ranks: Ranks) -> Config:
     """Make the run folder, or check that a resumed run asks for the same; returns the configuration with nothing left open."""
-    settled = dataclasses.replace(config, start=_settled(config.start))
-    return ranks.first(
-        lambda: open_folder(Path(config.out_dir), settled, without(config, *FREE_ON_RESUME), lambda before: settled)
-    )
+    settled, run = dataclasses.replace(config, start=_settled(config.start)), Path(config.out_dir)
+
+    def make() -> Config:
+        found = open_folder(run, settled, without(config, *FREE_ON_RESUME), lambda before: settled)
+        _compare_files(run, config)
+        return found
+
+    return ranks.first(make)
+
+
+def _compare_files(run: Path, config: Tuning) -> None:
+    """Note the data files' hashes at the first start, and refuse to go on with others: the order of examples would be another."""
+    named = [Path(name) for name in (*config.data.files, *config.data.held_out) if not name.startswith("hf:")]
+    paths = [path for name in named for path in (sorted(name.rglob("*")) if name.is_dir() else [name]) if path.is_file()]
+    hashes = {str(path.resolve()): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    note = run / DATA_FILE
+    if not (config.resume and note.exists()):
+        note.write_text(json.dumps(hashes, indent=1) + "\n")
+    elif changed := [path for path, value in json.loads(note.read_text()).items() if hashes.get(path) != value]:
+        raise UserError(f"{changed[0]} has changed since {run} was started; put it back, or start a new run in another out_dir")
 
 
 def _settled(name: str) -> str:
@@ -101,35 +122,48 @@ def saved_as(config: Tuning) -> dict[str, Any]:
     return {"base": config.start} if config.lora.rank else {}
 
 
-Both = TypeVar("Both", Pair, Judged)
-
-
 def pairs(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], Audit]:
     """Pairs to learn from and held-out ones, of which both answers fit, and the audit of the first."""
-    learnt, held = read(config.data, config.seed)
-    template = config.data.template
-    (some, audit), (others, _) = (
-        _fitting(examples.pairs(records, tokenizer, template), config, model, tokenizer) for records in (learnt, held)
-    )
-    return some, others, audit
+
+    def fitting(records: Sequence[Record]) -> tuple[list[Pair], Audit]:
+        items = examples.pairs(records, tokenizer, config.data.template)
+        kept, audit = examples.fit_together(items, *limits(config, model, tokenizer))
+        return [Pair(*texts) for _, texts in kept], audit
+
+    return both_parts(config, fitting)
 
 
 def judged(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Judged], list[Judged], Audit]:
     """Labelled answers to learn from and held-out ones, and the audit of the first; pairs are taken apart."""
+    most, *_ = limits(config, model, tokenizer)
+
+    def fitting(records: Sequence[Record]) -> tuple[list[Judged], Audit]:
+        items = examples.judged(records, tokenizer, config.data.template)
+        kept, audit = examples.fit_together([item[:1] for item in items], *limits(config, model, tokenizer))
+        found = [items[number]._replace(answer=answer) for number, (answer,) in kept]
+        # drift is measured on what fits of a mismatched answer, if nothing does on the answer itself
+        short = (examples.truncated(item.mismatched, most) for item in found)
+        return [i._replace(mismatched=s if s.n_response else i.answer) for i, s in zip(found, short, strict=True)], audit
+
+    return both_parts(config, fitting)
+
+
+def both_parts(
+    config: Tuning, fitting: Callable[[Sequence[Record]], tuple[list[Item], Audit]]
+) -> tuple[list[Item], list[Item], Audit]:
+    """What `fitting` makes of the records to learn from and of those held out, of the latter as many as are measured."""
     learnt, held = read(config.data, config.seed)
-    template = config.data.template
-    (some, audit), (others, _) = (
-        _fitting(examples.judged(records, tokenizer, template), config, model, tokenizer) for records in (learnt, held)
-    )
-    return some, others, audit
+    items, audit = fitting(learnt)
+    try:
+        others, _ = fitting(held[: config.eval_examples])
+    except UserError as error:
+        raise UserError(f"the held-out examples: {error}") from error
+    return items, others, audit
 
 
-def _fitting(items: list[Both], config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Both], Audit]:
-    """Those of which both texts fit, cut where the policy cuts them."""
-    ends, most = examples.end_ids(tokenizer, config.data.template), longest(config.data, model)
-    kept, audit = examples.fit_together([item[:2] for item in items], most, config.data.overlong, ends)
-    found = [(items[number], dict(zip(items[number]._fields, texts, strict=False))) for number, texts in kept]
-    return [item._replace(**texts) for item, texts in found], audit  # type: ignore[arg-type]
+def limits(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[int, Literal["drop", "truncate", "error"], list[int]]:
+    """What `examples.fit` is to hold examples to: T_max, what to do with longer ones, which tokens end an answer."""
+    return longest(config.data, model), config.data.overlong, examples.end_ids(tokenizer, config.data.template)
 
 
 def longest(config: RecordsConfig, model: GPT) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,14 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from stages import LORA, STAGES, apart, run, settings, tensors, write_examples
+from stages import LORA, STAGES, WORDS, apart, run, settings, tensors, write_examples
 
 from glassgpt.cli import main
 from glassgpt.config import OptimConfig, UserError
 from glassgpt.config.files import write_yaml
 from glassgpt.config.tuning import RecordsConfig
 from glassgpt.loading import complete_checkpoints, load
+from glassgpt.text import chat
 from glassgpt.train.run import read_log
+from glassgpt.tuning.rewards import Answer
+from glassgpt.tuning.scalar import open_scorer
 
 EVERY = [(stage, lora) for stage in STAGES for lora in (False, True)]
 ROLLOUTS = ("ppo", "grpo")
@@ -162,7 +166,6 @@ def test_sft_learns_one_batch_by_heart(home: Path, tmp_path: Path) -> None:
     assert log[0]["loss"] > 3 and log[-1]["loss"] < 0.05 and log[-1]["val_loss"] < 0.05
     model, tokenizer = load(folder)
     row = json.loads((tmp_path / "chats.jsonl").read_text().splitlines()[0])
-    from glassgpt.text import chat
     from glassgpt.tuning.rollout import write
 
     ids = chat.prompt([chat.Message("user", row["prompt"])], tokenizer)
@@ -261,6 +264,74 @@ def test_a_bad_reward_stops_the_run_with_a_checkpoint(stage: str, what: str, hom
     run(stage, home, tmp_path / "run", **more, resume=True)
     calm = run(stage, home, tmp_path / "calm", **{**more, "reward": (f"{tmp_path / 'good.py'}:f",)})
     assert apart(calm, tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("stage", ROLLOUTS)
+def test_a_reward_that_fails_on_held_out_prompts_stops_with_a_checkpoint_too(stage: str, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    held = tmp_path / "other" / "held.jsonl"
+    held.write_text('{"prompt": "never asked before"}\n')
+    code = "def f(prompt, response):\n    assert 'never' not in prompt\n    return 1.0\n"
+    (tmp_path / "reward.py").write_text(code)
+    data = RecordsConfig(files=(str(home / "prompts.jsonl"),), held_out=(str(held),))
+    with pytest.raises(UserError, match=r"held\.jsonl, line 1"):
+        run(stage, home, tmp_path / "run", data=data, reward=(f"{tmp_path / 'reward.py'}:f",), eval_interval=3)
+    assert complete_checkpoints(tmp_path / "run")[-1].name == "step-000003" and len(read_log(tmp_path / "run")) == 3
+
+
+def test_any_seed_will_do(home: Path, tmp_path: Path) -> None:
+    for stage in ROLLOUTS:
+        assert len(read_log(run(stage, home, tmp_path / stage, seed=2**32 - 1, max_steps=2))) == 2
+
+
+def test_changed_examples_are_not_gone_on_with(home: Path, tmp_path: Path) -> None:
+    write_examples(tmp_path)
+    data = RecordsConfig(files=(str(tmp_path / "chats.jsonl"),), holdout_share=0.2)
+    folder = run("sft", home, tmp_path / "run", data=data, save_interval=3)
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    lines = (tmp_path / "chats.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "chats.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"chats.jsonl has changed since .* was started"):
+        run("sft", home, folder, data=data, save_interval=3, resume=True)
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    assert len(read_log(run("sft", home, folder, data=data, save_interval=3, resume=True))) == 6
+
+
+def test_kto_takes_equal_answers_to_several_prompts(home: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"the {word}", "completion": "yes", "label": bool(n % 2)} for n, word in enumerate(WORDS)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = RecordsConfig(files=(str(tmp_path / "labels.jsonl"),), holdout_share=0.04)  # one is held out
+    assert len(read_log(run("kto", home, tmp_path / "run", data=data, max_steps=2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_kl": -1.0}, "target_kl must be at least 0"),
+        ({"gae_lambda": 7.0}, "gae_lambda must be between 0 and 1"),
+        ({"value_clip": -1.0}, "value_clip must be at least 0"),
+        ({"discount": math.nan}, "discount must be between 0 and 1"),
+        ({"beta": 0.0, "target_kl": 2.0}, "target_kl multiplies beta, which is 0"),
+        ({"lora": dataclasses.replace(LORA, dropout=0.1)}, "leave lora.dropout 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], said: str, home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        settings("ppo", home, tmp_path, **changes)
+
+
+def test_only_a_reward_model_judges(home: Path, tmp_path: Path) -> None:
+    """A value head is none; an answer that was cut off is scored without an end that it never wrote."""
+    critic = run("ppo", home, tmp_path / "ppo", max_steps=1)
+    with pytest.raises(UserError, match="is no reward model"):
+        open_scorer(str(critic), torch.device("cpu"))
+    judge = open_scorer(str(run("reward", home, tmp_path / "reward", max_steps=30, precision="fp32")), torch.device("cpu"))
+    asked = (chat.Message("user", "the cat"),)
+    whole, cut = (Answer(asked, "sat", "here", {}, is_whole) for is_whole in (True, False))
+    first, second = judge([whole, cut])
+    assert judge([whole]) == pytest.approx([first], abs=1e-6) and abs(first - second) > 1e-4
+    folder = run("grpo", home, tmp_path / "grpo", reward=(f"model:{tmp_path / 'reward'}",), max_steps=2, precision="fp32")
+    assert len(read_log(folder)) == 2
 
 
 @pytest.mark.parametrize(
