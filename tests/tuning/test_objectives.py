@@ -1107,3 +1107,19 @@ def test_a_mistake_is_not_trls(mutant: str, trl: Trl, monkeypatch: pytest.Monkey
     name, function, wrong = TRL_MUTANTS[mutant]
     monkeypatch.setattr(objectives, function, wrong)
     assert TRL_CHECKS[name](trl) > NOTICED
+
+
+def test_as_a_reward_k1_pulls_along_the_divergence_and_k3_does_not() -> None:
+    """The policy gradient E[∇log p · penalty], summed over a vocabulary of five, beside the divergence's own gradient."""
+    draw, cosines = torch.Generator().manual_seed(0), []
+    for _ in range(100):
+        first, shift = torch.randn(2, 5, generator=draw, dtype=torch.float64)
+        logits = first.requires_grad_()
+        start, logp = (first.detach() + 0.3 * shift).log_softmax(0), logits.log_softmax(0)
+        (true,) = torch.autograd.grad((logp.exp() * (logp - start)).sum(), logits, retain_graph=True)
+        found = {}
+        for name, penalty in (("k1", logp - start), ("k3", objectives.k3(logp, start))):
+            (found[name],) = torch.autograd.grad((logp.exp().detach() * penalty.detach() * logp).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(found["k1"], true, rtol=0, atol=1e-14)
+        cosines.append(torch.cosine_similarity(found["k3"], true, dim=0).item())
+    assert abs(sum(cosines) / 100) < 0.3 and min(cosines) < -0.5
