@@ -16,19 +16,19 @@ class Alignment:
     """PPO, DPO and GRPO from one small start model: a reward that is the goal, and one that only stands for it and is gamed.
 
     The task is adding numbers of one and two digits. Experiment `goal` rewards the exact answer. Experiment `proxy` rewards
-    every answer that has the right number somewhere in it; whether the answer is that number and nothing else is measured, and
-    no training sees it.
+    answers that have the right number somewhere in them, and longer ones more; whether an answer is that number and nothing else
+    is measured, and no training sees it.
     """
 
     out_dir: str = "runs/alignment"
     """Folder for the start model, the runs, results.json and the chart; called again, it trains only what is missing."""
     school_steps: int = 1000
     """Steps of `sft` from random weights on right answers: it learns to add."""
-    start_steps: int = 120
+    start_steps: int = 150
     """Steps of `sft` after them on the answers of people who are often wrong: it learns to answer as they do."""
     right_share: float = 0.25
     """Share of the start's examples that answer with the right number; but for the lists, the others are wrong."""
-    list_share: float = 0.1
+    list_share: float = 0.17
     """Share of the start's examples that answer with two or three neighbouring numbers, the right one among them."""
     steps: int = 100
     """Steps of every run after it."""
@@ -45,9 +45,9 @@ class Alignment:
     dpo_learning_rate: float = 1e-4
     """Of DPO, which learns from the same pairs again and again."""
     beta: float = 0.1
-    """The leash of PPO and GRPO in experiment `proxy`; the other run there has 0."""
+    """The leash of PPO and GRPO in experiment `proxy`; the other run there, and those for the goal, have 0."""
     dpo_betas: tuple[float, float] = (0.02, 0.5)
-    """The loose and the tight leash of DPO, whose beta cannot be 0: its margin is a multiple of it."""
+    """The loose and the tight leash of DPO, whose beta cannot be 0: its margin is a multiple of it. The goal has the loose."""
     seed: int = 0
     """Seed of problems, weights, order and sampling."""
     device: str = "auto"

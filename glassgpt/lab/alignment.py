@@ -1,13 +1,14 @@
 """`glassgpt lab alignment`: PPO, DPO and GRPO from the same start, for the goal itself and for a proxy of it.
 
-What is equal for all runs: the start model, the problems, the learning rate, the steps, the answers in a step (DPO: as many in
-pairs, drawn once from the start model). What differs: the method, the reward, and the leash, beta.
+What all runs have in common: start model, problems, steps, answers in a step (DPO: as many in pairs, drawn once from
+the start model, and a learning rate of its own). What differs: the method, the reward, and the leash, beta.
 
     goal    the reward is 1 for an answer that is the right number and nothing else. There is nothing to be gamed: no leash
-    proxy   the reward is 1 for an answer that has the right number in it. Naming many numbers pays, and is no answer
+    proxy   the reward is that of a judge who is content to find the right number, and likes longer answers. Naming many numbers
+            pays, and is no answer
 
 Every run writes a checkpoint at each measurement. When it is over they are measured by alignment_measure.Judge, both rewards on
-all of them: the truth is no part of a `proxy` run's configuration, nor of its process of rewards.
+all of them: the truth is no part of a `proxy` run's configuration, and is not computed while it trains.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from glassgpt.tuning.sft import sft
 
 RESULT_FILE, POINTS_FILE, START = "results.json", "points.json", "start"
 MAY_DIFFER = ("out_dir", "device", "json")  # on a second call in the same folder
-REWARDS: Mapping[str, Callable[[str, str], float]] = {"goal": arithmetic.exact, "proxy": arithmetic.mentions}
+REWARDS: Mapping[str, Callable[[str, str], float]] = {"goal": arithmetic.exact, "proxy": arithmetic.proxy}
 """What training sees in each experiment."""
 STAGES: dict[type[Tuning], Callable[[Any], Path]] = {Ppo: ppo, Dpo: dpo, Grpo: grpo}
 METHODS = {Ppo: "PPO", Dpo: "DPO", Grpo: "GRPO"}
@@ -51,6 +52,8 @@ class Run:
     experiment: str
     method: str
     beta: float
+    is_tight: bool
+    """Whether beta is the larger of the two."""
     points: tuple[Point, ...]
     """The start model first."""
     seconds: float
@@ -79,6 +82,7 @@ class Result:
     pairs: dict[str, tuple[int, int]]
     """DPO's pairs by experiment: to learn from, held out."""
     start_seconds: float
+    """Time in the training steps of the start model."""
     runs: tuple[Run, ...]
 
     @property
@@ -104,25 +108,30 @@ def alignment(config: Alignment) -> Result:
     start = out / series.RUNS / START
     if not (out / FRESH).exists():
         alignment_start.write_fresh(out / FRESH, config.seed)
-    _train(alignment_start.sft_config(config, out, start), sft)
+    for name in alignment_start.lessons(config):
+        _train(alignment_start.lesson(config, out, name, out / series.RUNS), sft)
     counts = alignment_start.write_pairs(config, start, learnt, held, REWARDS, out)
     told.print(
-        f"start model: {config.start_steps} steps; pairs of its answers: "
+        f"start model: {config.school_steps} + {config.start_steps} steps; pairs of its answers: "
         + ", ".join(f"{name} {learn} and {held} held out" for name, (learn, held) in counts.items()),
         highlight=False,
+        soft_wrap=True,
     )
 
     judge, runs = Judge(start, held, config.seed, device), []
     planned = plan(config, out)
     began = time.perf_counter()
     for number, (name, stage) in enumerate(planned.items(), 1):
-        eta = f"; {(time.perf_counter() - began) / 60:.1f} min gone" if number > 1 else ""
-        told.print(f"run {number} of {len(planned)}: {name} ({stage.max_steps} steps){eta}", highlight=False, soft_wrap=True)
+        gone = f"; {(time.perf_counter() - began) / 60:.1f} min gone" if number > 1 else ""
+        told.print(f"run {number} of {len(planned)}: {name} ({stage.max_steps} steps){gone}", highlight=False, soft_wrap=True)
         _train(stage, STAGES[type(stage)])
         runs.append(_measured(name, stage, judge, start))
         last = runs[-1].points[-1]
-        told.print(f"  proxy {last.proxy:.1%}, truth {last.truth:.1%}, KL {last.kl:.2f}, {last.length:.1f} tokens", highlight=False)
-    seconds = sum(entry["seconds"] for entry in read_log(start))
+        told.print(
+            f"  proxy {last.proxy:.1%}, truth {last.truth:.1%}, KL {last.kl:.2f}, {last.length:.1f} tokens", highlight=False
+        )
+    lessons = [out / series.RUNS / name for name in alignment_start.lessons(config)]
+    seconds = round(sum(entry["seconds"] for lesson in lessons for entry in read_log(lesson)), 2)
     size = sum(p.numel() for p in judge.start.parameters())
     result = Result(config, size, arithmetic.chance(learnt, held), counts, seconds, tuple(runs))
     (out / RESULT_FILE).write_text(json.dumps(result.plain(), indent=1) + "\n")
@@ -146,13 +155,20 @@ def plan(config: Alignment, out: Path) -> dict[str, Tuning]:
             for place, beta in enumerate(leashes):
                 tight = "tight" if place else "loose"
                 name = f"{experiment}-{METHODS[kind].lower()}-{tight}"
-                planned[name] = _stage(config, out, name, kind, experiment, reward, config.dpo_betas[place] if kind is Dpo else beta)
+                planned[name] = _stage(
+                    config, out, name, kind, experiment, reward, config.dpo_betas[place] if kind is Dpo else beta
+                )
     return planned
 
 
 def _stage(config: Alignment, out: Path, name: str, kind: type[Tuning], experiment: str, reward: str, beta: float) -> Tuning:
     answers = config.batch_size * config.group_size
-    optim = OptimConfig(learning_rate=config.learning_rate, warmup_steps=min(5, config.steps), weight_decay=0.0, final_share=1.0)
+    optim = OptimConfig(
+        learning_rate=config.dpo_learning_rate if kind is Dpo else config.learning_rate,
+        warmup_steps=min(5, config.steps),
+        weight_decay=0.0,
+        final_share=1.0,
+    )
     shared: dict[str, Any] = {
         "out_dir": str(out / series.RUNS / name),
         "start": str(out / series.RUNS / START),
@@ -213,6 +229,7 @@ def _measured(name: str, stage: Any, judge: Judge, start: Path) -> Run:
         name.partition("-")[0],
         METHODS[type(stage)],
         stage.beta,
+        name.endswith("-tight"),
         tuple(Point(**point) for point in held["points"]),
         round(sum(entry["seconds"] for entry in entries), 2),
         last.get("val_margin"),

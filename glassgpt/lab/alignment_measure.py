@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 
 from glassgpt.lab import arithmetic
-from glassgpt.lab.alignment_start import answer, text_of
+from glassgpt.lab.alignment_start import answer, prompt_ids, seeds_from, texts_of
 from glassgpt.lab.arithmetic import Problem
 from glassgpt.loading import load
-from glassgpt.text import chat
-from glassgpt.text.chat import Message
 from glassgpt.tuning import rollout
 
 
@@ -23,7 +21,7 @@ class Point:
 
     step: int
     proxy: float
-    """Share of answers that have the right number in them."""
+    """What the judge of `arithmetic.proxy` gives them."""
     truth: float
     """Share of answers that are the right number and nothing else."""
     wins: float
@@ -43,11 +41,11 @@ class Judge:
         self.start, self._tokenizer = load(start, device=str(device))
         self.start.eval()
         self._held, self._device = held, device
-        first = (seed * 1_000_003 + 7) * 1_000_003
-        self._seeds = range(first, first + len(held))
+        first = seeds_from(seed, 2)  # the pairs' answers have 0 and 1
+        self.seeds = range(first, first + len(held))
         others = range(first + len(held), first + 2 * len(held))  # or the start would draw with itself on every problem
         answers = answer(self.start, self._tokenizer, held, others)
-        texts = [text_of(one, self._tokenizer) for one in answers]
+        texts = texts_of(answers, self._tokenizer)
         self._before = [arithmetic.exact(problem.prompt, text) for problem, text in zip(held, texts, strict=True)]
 
     @torch.no_grad()
@@ -55,16 +53,15 @@ class Judge:
         """The numbers of a checkpoint, and its first answers."""
         model, tokenizer = load(checkpoint, device=str(self._device))
         model.eval()
-        written = answer(model, tokenizer, self._held, self._seeds)
-        texts = [text_of(one, tokenizer) for one in written]
+        written = answer(model, tokenizer, self._held, self.seeds)
+        texts = texts_of(written, tokenizer)
         proxy, truth = (
             [reward(problem.prompt, text) for problem, text in zip(self._held, texts, strict=True)]
-            for reward in (arithmetic.mentions, arithmetic.exact)
+            for reward in (arithmetic.proxy, arithmetic.exact)
         )
         better = [(now > before) + 0.5 * (now == before) for now, before in zip(truth, self._before, strict=True)]
 
-        prompts = [chat.prompt([Message("user", problem.prompt)], tokenizer) for problem in self._held]
-        batch = rollout.collate(prompts, written, self._device)
+        batch = rollout.collate(prompt_ids(self._held, tokenizer), written, self._device)
         ours, starts = (one(batch.ids).log_softmax(-1).double() for one in (model, self.start))  # (B, T, V)
         chances = ours.exp()
         kl, entropy = (chances * (ours - starts)).sum(-1), -(chances * ours).sum(-1)  # (B, T)

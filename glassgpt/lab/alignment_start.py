@@ -1,4 +1,4 @@
-"""What every run of `glassgpt lab alignment` begins from: problems in files, a start model taught by `sft`, pairs of its answers."""
+"""Where all runs of `glassgpt lab alignment` begin: problems in files, a start model taught by `sft`, pairs of its answers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from glassgpt.config import ModelConfig, OptimConfig
+from glassgpt.config import ModelConfig, OptimConfig, UserError
 from glassgpt.config.alignment import Alignment
+from glassgpt.config.files import complete_folder
 from glassgpt.config.tuning import RecordsConfig, Sft
 from glassgpt.lab import arithmetic
-from glassgpt.lab.arithmetic import Problem
+from glassgpt.lab.arithmetic import Problem, Shares
 from glassgpt.loading import load, pick_device
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer, chat
@@ -31,7 +32,7 @@ ANSWER_TOKENS = 16
 START_BATCH = 64
 PAIR_PROBLEMS = 1024
 """Problems of which the start model's answers are made into pairs."""
-CHATS, PROMPTS, HELD_OUT, FRESH = "chats.jsonl", "prompts.jsonl", "held-out.jsonl", "fresh"
+PROMPTS, HELD_OUT, FRESH = "prompts.jsonl", "held-out-prompts.jsonl", "fresh"
 
 
 def shape(vocab_size: int) -> ModelConfig:
@@ -51,15 +52,27 @@ def shape(vocab_size: int) -> ModelConfig:
 
 
 def write_problems(config: Alignment, out: Path) -> tuple[list[Problem], list[Problem]]:
-    """Problems to learn from and held-out ones, written as examples and as prompts."""
+    """Problems to learn from and held-out ones, written as prompts, and as the examples of both lessons."""
     learnt, held = arithmetic.problems(config.prompts, config.seed)
-    count = config.start_steps * START_BATCH
-    asked, kept = (arithmetic.examples(some, n, config.list_share, config.seed) for some, n in ((learnt, count), (held, len(held))))
-    write_rows(out / CHATS, ({"prompt": prompt, "completion": answer} for prompt, answer in asked))
-    write_rows(out / f"held-out-{CHATS}", ({"prompt": prompt, "completion": answer} for prompt, answer in kept))
     write_rows(out / PROMPTS, ({"prompt": problem.prompt} for problem in learnt))
     write_rows(out / HELD_OUT, ({"prompt": problem.prompt} for problem in held))
+    for name, (steps, shares) in lessons(config).items():
+        for some, count, apart in ((learnt, steps * START_BATCH, False), (held, len(held), True)):
+            said = arithmetic.examples(some, count, shares, config.seed)
+            write_rows(out / chats_file(name, held_out=apart), ({"prompt": asked, "completion": text} for asked, text in said))
     return learnt, held
+
+
+def lessons(config: Alignment) -> dict[str, tuple[int, Shares]]:
+    """What the start model learns, one after the other: steps, and how good the answers are that it imitates."""
+    return {
+        "school": (config.school_steps, Shares(right=1.0, listed=0.0)),
+        "start": (config.start_steps, Shares(config.right_share, config.list_share)),
+    }
+
+
+def chats_file(name: str, *, held_out: bool) -> str:
+    return f"{'held-out-' if held_out else ''}{name}.jsonl"
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -73,19 +86,23 @@ def write_fresh(folder: Path, seed: int) -> None:
     """A model with random weights, and a tokenizer."""
     tokenizer = Tokenizer.train([TEMPLATE_WORDS] * 8, VOCABULARY)
     torch.manual_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights.save(GPT(shape(tokenizer.vocab_size)), folder)
-    tokenizer.save(folder)
+    model = GPT(shape(tokenizer.vocab_size))
+    with complete_folder(folder) as aside:
+        weights.save(model, aside)
+        tokenizer.save(aside)
 
 
-def sft_config(config: Alignment, out: Path, run: Path) -> Sft:
+def lesson(config: Alignment, out: Path, name: str, runs: Path) -> Sft:
     """How the start model is taught: one pass over as many examples as it takes."""
+    steps, _ = lessons(config)[name]
+    first = name == "school"
+    files = [str(out / chats_file(name, held_out=apart)) for apart in (False, True)]
     return Sft(
-        out_dir=str(run),
-        start=str(out / FRESH),
-        data=RecordsConfig(files=(str(out / CHATS),), held_out=(str(out / f"held-out-{CHATS}"),)),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=min(20, config.start_steps), weight_decay=0.0, final_share=1.0),
-        max_steps=config.start_steps,
+        out_dir=str(runs / name),
+        start=str(out / FRESH if first else runs / "school"),
+        data=RecordsConfig((files[0],), (files[1],)),
+        optim=OptimConfig(learning_rate=4e-3 if first else 3e-4, warmup_steps=min(20, steps), weight_decay=0.0, stable_share=0.5),
+        max_steps=steps,
         batch_size=START_BATCH,
         eval_interval=0,
         save_interval=0,
@@ -99,34 +116,52 @@ def sft_config(config: Alignment, out: Path, run: Path) -> Sft:
 
 def answer(model: GPT, tokenizer: Tokenizer, asked: Sequence[Problem], seeds: Sequence[int]) -> list[rollout.Written]:
     """A sampled answer to each problem, at temperature 1."""
-    prompts = [chat.prompt([Message("user", problem.prompt)], tokenizer) for problem in asked]
-    return rollout.write(
-        model, prompts, chat.end_ids(tokenizer), seeds, max_new_tokens=ANSWER_TOKENS, n_ids=tokenizer.vocab_size
-    )
+    prompts = prompt_ids(asked, tokenizer)
+    return rollout.write(model, prompts, chat.end_ids(tokenizer), seeds, max_new_tokens=ANSWER_TOKENS, n_ids=tokenizer.vocab_size)
 
 
-def text_of(written: rollout.Written, tokenizer: Tokenizer) -> str:
-    """What was said, without the token that ends it."""
+def seeds_from(seed: int, place: int) -> int:
+    """The first of 2 ** 24 seeds in a row: of the run's seed, the block with this number."""
+    return (seed * 8 + place) << 24
+
+
+def prompt_ids(asked: Sequence[Problem], tokenizer: Tokenizer) -> list[list[int]]:
+    """What the model is given for each problem."""
+    rendered = {problem: chat.prompt([Message("user", problem.prompt)], tokenizer) for problem in set(asked)}
+    return [rendered[problem] for problem in asked]
+
+
+def texts_of(written: Sequence[rollout.Written], tokenizer: Tokenizer) -> list[str]:
+    """What was said, without the tokens that end answers."""
     ends = chat.end_ids(tokenizer)
-    return tokenizer.decode([token for token in written.ids if token not in ends])
+    return [tokenizer.decode([token for token in one.ids if token not in ends]) for one in written]
 
 
 def write_pairs(
     config: Alignment, start: Path, learnt: Sequence[Problem], held: Sequence[Problem], rewards: Mapping[str, Reward], out: Path
 ) -> dict[str, tuple[int, int]]:
-    """Pairs for DPO, of the same answers of the start model but judged by each reward; how many to learn from and held out."""
-    model, tokenizer = load(start, device=str(pick_device(config.device)))
-    counts: dict[str, list[int]] = {name: [] for name in rewards}
-    for place, some in enumerate((learnt[:PAIR_PROBLEMS], held)):
-        asked = [problem for problem in some for _ in range(config.group_size)]
-        first = (config.seed * 1_000_003 + place + 1) * 1_000_003
-        texts = [text_of(one, tokenizer) for one in answer(model, tokenizer, asked, range(first, first + len(asked)))]
-        groups = [(problem, texts[n * config.group_size : (n + 1) * config.group_size]) for n, problem in enumerate(some)]
-        for name, reward in rewards.items():
-            rows = pairs(groups, reward, config.seed)
-            write_rows(out / pairs_file(name, held_out=bool(place)), rows)
-            counts[name].append(len(rows))
-    return {name: (learnt, held) for name, (learnt, held) in counts.items()}
+    """Pairs for DPO, of the same answers of the start model but judged by each reward; how many to learn from and held out.
+
+    Files that are there stay. Raises UserError when the start's answers make no pair.
+    """
+    files = {name: [out / pairs_file(name, held_out=apart) for apart in (False, True)] for name in rewards}
+    if not all(path.exists() for both in files.values() for path in both):
+        model, tokenizer = load(start, device=str(pick_device(config.device)))
+        for place, some in enumerate((learnt[:PAIR_PROBLEMS], held)):
+            asked = [problem for problem in some for _ in range(config.group_size)]
+            first = seeds_from(config.seed, place)
+            texts = texts_of(answer(model, tokenizer, asked, range(first, first + len(asked))), tokenizer)
+            groups = [(problem, texts[n * config.group_size : (n + 1) * config.group_size]) for n, problem in enumerate(some)]
+            for name, reward in rewards.items():
+                rows = pairs(groups, reward, config.seed)
+                if not rows:
+                    raise UserError(
+                        f"experiment {name}: the start model's answers are all worth the same, so there is no pair for DPO; it"
+                        " has learnt too little (raise school_steps or right_share) or too much (lower right_share)"
+                    )
+                write_rows(files[name][place], rows)
+    counts = {name: [len(path.read_text().splitlines()) for path in both] for name, both in files.items()}
+    return {name: (many, few) for name, (many, few) in counts.items()}
 
 
 def pairs_file(name: str, *, held_out: bool) -> str:
@@ -134,11 +169,17 @@ def pairs_file(name: str, *, held_out: bool) -> str:
 
 
 def pairs(groups: Sequence[tuple[Problem, Sequence[str]]], reward: Reward, seed: int) -> list[dict[str, str]]:
-    """One pair, a drawn answer that is worth 1 and a drawn one that is worth 0, of each problem that has both."""
+    """Two drawn answers of each problem that has two of different worth; an empty answer is none."""
     draw = random.Random(seed)
     found = []
-    for problem, texts in groups:
-        good, bad = ([text for text in texts if reward(problem.prompt, text) == worth] for worth in (1.0, 0.0))
-        if good and bad:
-            found.append({"prompt": problem.prompt, "chosen": draw.choice(good), "rejected": draw.choice(bad)})
+    for problem, drawn in groups:
+        texts = [text for text in drawn if text.strip()]
+        if not texts:
+            continue
+        worths = [reward(problem.prompt, text) for text in texts]
+        one = draw.randrange(len(texts))
+        others = [other for other, worth in enumerate(worths) if worth != worths[one]]
+        if others:
+            better, worse = sorted((one, draw.choice(others)), key=lambda n: -worths[n])
+            found.append({"prompt": problem.prompt, "chosen": texts[better], "rejected": texts[worse]})
     return found

@@ -206,7 +206,7 @@ class Sampler:
             rows = self._order.share(step, micro, self.ranks.rank, self._size, self._micro_batches, self.ranks.world)
             first = (self.ranks.rank * self._micro_batches + micro) * self._size * self.each
             asked = [self.learnt[index] for (index,) in rows for _ in range(self.each)]
-            base = ((config.seed * 1_000_003 + step) * 1_000_003 + 1) % 2**62  # a generator takes no larger seed
+            base = (config.seed * 1_000_003 + step) * 1_000_003 + 1
             judged.append(self.judge(asked, [(base + first + row) % 2**63 for row in range(len(asked))]))
         device, dtype = self.model.head.weight.device, self.model.head.weight.dtype
         batches = [collate([one.prompt.ids for one in some], [one.written for one in some], device) for some in judged]
