@@ -406,7 +406,7 @@ def test_a_folder_by_name_and_sources_in_order(tmp_path: Path) -> None:
     write_lines(tmp_path / "b.jsonl", [{"prompt": "2", "completion": "b"}])
     (tmp_path / "a.json").write_text('[{"question": "1", "answer": "a"}]')
     pq.write_table(pa.table({"prompt": ["3"], "completion": ["c"]}), tmp_path / "deep" / "c.parquet")
-    (tmp_path / "deep" / "d.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "4", "completion": "d"}'))
+    (tmp_path / "deep" / "d.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "4", "completion": "d"}', mtime=0))
     for name in ("notes.md", "a.txt", "b.csv"):
         (tmp_path / name).write_text("nothing to read")
     assert [record.prompt[0].content for record in read(tmp_path)] == ["1", "2", "3", "4"]
@@ -651,14 +651,14 @@ def test_other_fields_are_let_be(tmp_path: Path, row: dict[str, Any], shape: str
         ("a.json", b"[" * 100_000, ": not JSON"),
         ("a.json", b'[{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}]", ", record 1: `prompt`, turn 1 must be an object"),
         ("a.jsonl", b"", ": empty: no examples in it"),
-        ("a.jsonl.gz", gzip.compress(b"\n \n"), ": empty: no examples in it"),
+        ("a.jsonl.gz", gzip.compress(b"\n \n", mtime=0), ": empty: no examples in it"),
         ("a.json", b"[]", ": empty: no examples in it"),
         ("a.json", b"[[1, 2]]", ", record 1: expected an object with named fields; got a list of 2"),
         ("a.jsonl", '{"prompt": "é"}'.encode("latin-1"), r": not UTF-8 at byte 12 (0xe9)"),
         ("a.jsonl", '{"prompt": "q"}'.encode("utf-16"), ": not UTF-8 at byte 0"),
         ("a.json.gz", b"[]", ": cannot read: "),
         ("a.parquet", b"PAR1 nothing more", ": cannot read after row 0"),
-        ("a.parquet.gz", gzip.compress(b"PAR1"), "gunzip this file"),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "gunzip this file"),
         ("a.csv", b"prompt,completion", ": examples are read from .json and .jsonl files (also .gz) and from .parquet"),
         ("a.pkl", b"\x80\x04.", ": examples are read from"),
         ("a", b"[]", ": examples are read from"),
