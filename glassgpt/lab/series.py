@@ -30,7 +30,7 @@ def open_folder(out: Path, config: Any, may_differ: Sequence[str], what: str) ->
         for name in to_plain(config):
             if name not in may_differ and getattr(before, name) != getattr(config, name):
                 raise UserError(
-                    f"{out} holds a ladder with {name} = {getattr(before, name)}; this one asks for {getattr(config, name)}."
+                    f"{out} was begun with {name} = {getattr(before, name)}; this asks for {getattr(config, name)}."
                     " Leave it as it was, or choose another out_dir"
                 )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):

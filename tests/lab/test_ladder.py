@@ -495,7 +495,7 @@ def test_another_ladder_in_the_same_folder_is_refused(
         "seeds": 3, "seed": 1, "kv_heads": 1, "window_tokens": 3, "experts": 4, "top_k": 1, "turns": 2, "precision": "bf16",
     }  # fmt: skip
     for name, value in changes.items():
-        with pytest.raises(UserError, match=f"holds a ladder with {name} = "):
+        with pytest.raises(UserError, match=f"was begun with {name} = "):
             lab.ladder(dataclasses.replace(config, **{name: value}))
     assert set(changes) | set(lab.MAY_DIFFER) == {field.name for field in dataclasses.fields(Ladder)}
     (tmp_path / "mine.txt").touch()

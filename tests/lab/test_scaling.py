@@ -321,7 +321,7 @@ def test_another_ladder_in_the_same_folder_is_refused(done: tuple[Scaling, lab.R
         "context_tokens": 8, "batch_size": 2, "learning_rate": 1e-3, "seeds": 2, "seed": 1,
     }  # fmt: skip
     for name, value in changes.items():
-        with pytest.raises(UserError, match=f"holds a ladder with {name} = "):
+        with pytest.raises(UserError, match=f"was begun with {name} = "):
             scaling(dataclasses.replace(config, **{name: value}))
     assert set(changes) | set(lab.MAY_DIFFER) == {field.name for field in dataclasses.fields(Scaling)}
     (tmp_path / "mine.txt").touch()
