@@ -309,7 +309,7 @@ def test_a_miniature_is_complete_and_not_trained_again(
     again = json.loads(capsys.readouterr().out)
     assert again["runs"] == found["runs"]
     assert main([*arguments(finished), "--steps", "2"]) == 2
-    assert "steps = 3; this one asks for 2" in capsys.readouterr().err
+    assert "steps = 3; this asks for 2" in capsys.readouterr().err
 
 
 def test_a_lost_run_and_a_broken_one_come_out_as_before(finished: Path, tmp_path: Path, easy: None) -> None:

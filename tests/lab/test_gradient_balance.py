@@ -419,7 +419,7 @@ def test_only_missing_parts_are_made_again(home: Path, ran: Result, tmp_path: Pa
     monkeypatch.setattr(lab, "start", lambda *args: made.append("start") or start(*args))
     assert lab.gradient_balance(ran.config) == ran
     assert made == [("full", 1)] and gone.read_text() == before  # bit for bit
-    with pytest.raises(UserError, match=r"with steps = 4; this one asks for 5"):
+    with pytest.raises(UserError, match=r"with steps = 4; this asks for 5"):
         lab.gradient_balance(dataclasses.replace(ran.config, steps=5))
     (tmp_path / "other").write_text("")
     with pytest.raises(UserError, match="is not empty and holds no gradient-balance"):
