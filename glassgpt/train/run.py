@@ -215,20 +215,34 @@ class Trackers:
 
 
 def plot_loss(run: Path) -> list[Path]:
-    """Draw training and validation loss against step from the log, as `loss.svg` and `loss.png`."""
+    """Draw training and held-out loss against step from the log, as `loss.svg` and `loss.png`; of a run with rewards these, and
+    the divergence from the start, as `reward.svg` and `reward.png`."""
     entries = read_log(run)
-    training = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
-    validation = [(entry["step"], entry["val_loss"]) for entry in entries if "val_loss" in entry]
+    if any("reward" in entry for entry in entries):
+        return _plot_curve(run, entries, "reward", "reward of an answer")
+    unit = " (nats per token)" if any("tokens" in entry for entry in entries) else ""
+    return _plot_curve(run, entries, "loss", f"loss{unit}")
+
+
+def _plot_curve(run: Path, entries: list[dict[str, Any]], name: str, what: str) -> list[Path]:
     figure, axes = charts.figure()
+    training, held_out, divergence = (
+        [(entry["step"], entry[key]) for entry in entries if key in entry] for key in (name, f"val_{name}", "kl")
+    )
     if training:
         axes.plot(*zip(*training, strict=True), color="#9db8d9", linewidth=0.8, label="training, each step")
         axes.plot(*zip(*_smoothed(training), strict=True), color="#2f5d9b", linewidth=1.6, label="training, smoothed")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color="#c8553d", markersize=3.5, linewidth=1.2, label="held-out text")
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title=run.name)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="#c8553d", markersize=3.5, linewidth=1.2, label="held out")
+    axes.set(xlabel="step", ylabel=what, title=run.name)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return charts.save_both(figure, run, "loss")
+    axes.legend(frameon=False, loc="upper left")
+    if divergence:
+        other = axes.twinx()
+        other.plot(*zip(*divergence, strict=True), color="#7a7a7a", linewidth=1, linestyle="--", label="KL to the start")
+        other.set(ylabel="KL divergence to the start (nats an answer)")
+        other.legend(frameon=False, loc="lower right")
+    return charts.save_both(figure, run, name)
 
 
 def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

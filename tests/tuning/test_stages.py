@@ -359,12 +359,8 @@ def test_a_run_without_anything_to_learn_does_not_start(home: Path, tmp_path: Pa
 
 
 def test_pictures_are_drawn(home: Path, tmp_path: Path) -> None:
-    folder = run("reward", home, tmp_path / "run")
-    assert {path.name for path in folder.iterdir()} >= {
-        "loss.svg",
-        "loss.png",
-        "calibration.svg",
-        "calibration.png",
-        "lengths.svg",
-        "lengths.png",
-    }
+    """Of pairs their loss, lengths and calibration; of rewards these, with the divergence beside them."""
+    drawn = {"reward": ("loss", "lengths", "calibration"), "grpo": ("reward",)}
+    for stage, names in drawn.items():
+        folder = run(stage, home, tmp_path / stage)
+        assert {path.stem for path in folder.glob("*.svg")} == {path.stem for path in folder.glob("*.png")} == set(names)
