@@ -9,6 +9,7 @@ import difflib
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -377,12 +378,18 @@ def _answer(row: _Row, name: str, *, in_dialogue: bool = False) -> tuple[Message
         if not in_dialogue:
             return (Message("assistant", text),)
         messages = _dialogue(row, name, text if _is_dialogue(text) else f"\n\nAssistant:{text}")
+    elif name == "answer" and _is_number(value) and "choices" not in row.fields:  # of a sum, not one of several choices
+        return (Message("assistant", str(value)),)
     else:
         raise row.error(f"`{name}` must be text or a list of messages; got {_shown(value)}")
     for which, message in (("begin", messages[0]), ("end", messages[-1])):
         if message.role != "assistant":
             raise row.error(f"`{name}` must {which} with a turn of the assistant's; it does with one of the {message.role}'s")
     return tuple(messages)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _label(row: _Row) -> bool:

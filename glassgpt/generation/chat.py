@@ -203,7 +203,12 @@ def as_json(messages: Sequence[Message]) -> dict[str, object]:
 
 
 def save(path: Path, messages: Sequence[Message]) -> None:
-    """Write a conversation, whole or not at all: one line, so that several files joined are JSONL."""
+    """Write a conversation, whole or not at all: one line, so that several files joined are JSONL.
+
+    A message that got no answer is left out with it: nothing can be learnt from it.
+    """
+    unanswered = {place for place, message in enumerate(messages) if message.role == "assistant" and not message.content}
+    messages = [message for place, message in enumerate(messages) if not {place, place + 1} & unanswered]
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         aside.write_text(json.dumps(as_json(messages), ensure_ascii=False) + "\n", encoding="utf-8")

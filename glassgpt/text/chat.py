@@ -73,6 +73,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:
                 raise UserError(
                     "the chat template writes one text for training and another for serving: before the answer"
                     f" {part.text[:40]!r} it has {_ending(before, asked)!r}, and when it asks for it {_ending(asked, before)!r}"
+                    " (use --data.template none, or put another chat_template.jinja into the model's folder)"
                 )
         before += part.text
     return _encoded(parts, messages, tokenizer)

@@ -55,6 +55,7 @@ class Template:
                 eos_token=self.end,
                 tools=None,
                 documents=None,
+                enable_thinking=False,  # or some open a thought in what they serve that no training text has
             )
         except Exception as error:  # a template is a program: anything may go wrong in it
             roles = ", ".join(str(message["role"]) for message in messages)

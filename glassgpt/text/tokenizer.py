@@ -38,7 +38,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, template: Template | None = None) -> None:
-        self._backend = backend
+        self._backend = backend if template is None else _with_marks(backend, template)
         self.template = template
         """The words around the messages of a chat, where the model brings its own."""
         backend.no_truncation()  # some published files carry a training run's limits
@@ -144,8 +144,10 @@ class Tokenizer:
         `inside` is for text that goes on another: SentencePiece's kind then puts no space before it.
         """
         if inside and self._falls_back:
-            before = self.encode("\n")
-            return self.encode(f"\n{text}", allow_special=allow_special)[len(before) :]
+            for first in ("\n", "\x01"):  # what is cut off again must not have merged with the text
+                before, ids = self.encode(first), self.encode(f"{first}{text}", allow_special=allow_special)
+                if ids[: len(before)] == before:
+                    return ids[len(before) :]
         return self.encode_batch([text], allow_special=allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
@@ -221,7 +223,7 @@ class Tokenizer:
     @cached_property
     def _falls_back(self) -> bool:
         """Whether tokens are text, with one for each byte beside them (SentencePiece's way), in place of byte characters."""
-        return bool(getattr(self._backend.model, "byte_fallback", False))
+        return bool(json.loads(self.to_json())["model"].get("byte_fallback"))  # not every kind of model has it as an attribute
 
     @cached_property
     def _byte_ids(self) -> list[int]:
@@ -232,6 +234,21 @@ class Tokenizer:
         if len(known) < 256:
             raise UserError(f"the tokenizer is not byte-level: it has tokens for {len(known)} of 256 bytes")
         return known
+
+
+def _with_marks(backend: tokenizers.Tokenizer, template: Template) -> tokenizers.Tokenizer:
+    """The same vocabulary, in which every added token that the template writes is special: no message can then forge one."""
+    facts = json.loads(backend.to_str())
+    marks = [
+        token
+        for token in facts.get("added_tokens", [])
+        if not token["special"] and (token["content"] in template.source or token["content"] in (template.begin, template.end))
+    ]
+    if not marks:
+        return backend
+    for token in marks:
+        token["special"] = True
+    return tokenizers.Tokenizer.from_str(json.dumps(facts))
 
 
 def _byte_level_bytes(piece: str) -> bytes:

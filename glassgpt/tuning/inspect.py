@@ -29,7 +29,7 @@ SHOWN_TOKENS = 160
 def inspect(config: Inspect) -> dict[str, Any]:
     """Print and return the audit of files of examples. Raises UserError where a training run would refuse to start."""
     found = find(config.model)
-    tokenizer, context = Tokenizer.load(found.folder), found.config().context_tokens
+    tokenizer, context = found.tokenizer(), found.config().context_tokens
     if config.max_tokens > context:
         raise UserError(f"max_tokens is {config.max_tokens} and the context of {config.model} {context}; use at most that")
     records = reading.read(config.files)

@@ -828,3 +828,12 @@ def test_any_row_gives_a_sound_record_or_an_error(row: dict[str, Any], tmp_path:
     assert place.startswith(f"{path}, line 1")
     assert [list(broken(record)) for record in found] == [[]] * len(found)
     assert [line.startswith(f"{path}: {len(found)} example") for line in recognised(found)] == [True] * bool(found)
+
+
+def test_a_number_is_an_answer_but_for_choices(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "2+2", "answer": 4}\n{"prompt": "1/2", "answer": 0.5}\n')
+    assert [record.messages[-1].content for record in records.read([str(path)])] == ["4", "0.5"]
+    path.write_text('{"question": "2+2", "choices": ["3", "4"], "answer": 1}\n')
+    with pytest.raises(UserError, match=r"line 1: `answer` must be text"):
+        records.read([str(path)])
