@@ -776,3 +776,16 @@ def test_the_library_answers_the_same(noise: GPT) -> None:
     (expected,) = complete(noise, PLAIN, [text], Sampling(temperature=0), max_new_tokens=6, seed=0)
     assert reply.ids == [token.id for token in expected.tokens]
     assert (reply.text, reply.finish_reason) == (expected.text, expected.finish_reason)
+
+
+def test_a_message_without_an_answer_is_not_saved(tmp_path: Path) -> None:
+    """`sft` reads what is saved, and an empty answer teaches nothing."""
+    from glassgpt.data.records import read as read_records
+    from glassgpt.generation.chat import read, save
+
+    said = [("system", "Be kind."), ("user", "Hi"), ("assistant", ""), ("user", "Hello"), ("assistant", "Hello!")]
+    messages = [Message(role, content) for role, content in said]
+    save(tmp_path / "talk.json", messages)
+    kept = [messages[0], *messages[3:]]
+    assert read(tmp_path / "talk.json")[0] == kept
+    assert list(read_records([str(tmp_path / "talk.json")])[0].messages) == kept
