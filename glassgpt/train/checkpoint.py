@@ -117,7 +117,7 @@ def prune(run: Path, keep: int) -> None:
 
 def best(complete: list[Path]) -> Path | None:
     """The checkpoint with the lowest held-out loss, None when none has been measured."""
-    losses = {folder: json.loads((folder / COMPLETE_FILE).read_text()).get("val_loss", math.inf) for folder in complete}
+    losses = {folder: facts(folder).get("val_loss", math.inf) for folder in complete}
     losses = {folder: loss for folder, loss in losses.items() if math.isfinite(loss)}
     return min(losses, key=lambda folder: losses[folder], default=None)
 

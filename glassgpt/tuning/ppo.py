@@ -47,7 +47,8 @@ def _train(config: Ppo, ranks: Ranks) -> Path:
                 seen = sampler.step(step)
             # what each token has brought, and how much more than the value head expected
             with torch.no_grad(), low_precision:
-                values = [headed.numbers(model.hidden(batch.ids)) * batch.is_token for batch in seen.batches]  # (B, T) each
+                both = zip(seen.hidden, seen.batches, strict=True)
+                values = [headed.numbers(hidden) * batch.is_token for hidden, batch in both]  # (B, T) each
             learnt = []
             for batch, score, old, start, value in zip(seen.batches, seen.scores, seen.old, seen.start, values, strict=True):
                 earned = objectives.token_rewards(score, old - start, batch.is_token, beta)  # (B, T); as a reward k1, not k3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _train(config: Reward, ranks: Ranks) -> Path:
                 entry["val_loss"] = float(objectives.bradley_terry(margins, torch.zeros_like(margins)).mean())
                 entry["val_accuracy"] = float((margins > 0).double().mean())
                 session.say(
-                    f"step {step + 1}: held-out loss {entry['val_loss']:.4f} (chance {torch.tensor(2.0).log():.4f}), the better"
+                    f"step {step + 1}: held-out loss {entry['val_loss']:.4f} (chance {math.log(2):.4f}), the better"
                     f" answer scores higher in {entry['val_accuracy']:.1%} of {len(held)} pairs"
                 )
                 if ranks.is_first:

@@ -156,6 +156,8 @@ class Step:
     batches: list[Answers]
     scores: list[Tensor]
     """(B,) each: what every answer is worth."""
+    hidden: list[Tensor]
+    """(B, T, D) each: last hidden states of the policy that wrote them; a value head reads these."""
     old: list[Tensor]
     """(B, T) each: log-probabilities of the answers' tokens under the policy that wrote them."""
     start: list[Tensor]
@@ -212,10 +214,11 @@ class Sampler:
         batches = [collate([one.prompt.ids for one in some], [one.written for one in some], device) for some in judged]
         scores = [torch.tensor([one.scores.total for one in some], dtype=torch.float64).to(device, dtype) for some in judged]
         with torch.no_grad(), machine.autocast(device, config.precision):
-            old = [self.logps(batch) for batch in batches]
+            hidden = [self.model.hidden(batch.ids) for batch in batches]
+            old = [self.logps_of(states, batch) for states, batch in zip(hidden, batches, strict=True)]
             with lora.disabled(self.model) if self._start is None else contextlib.nullcontext():
                 start = [self.logps(batch, self._start) for batch in batches]
-        return Step(judged, batches, scores, old, start, *self._facts(judged, batches, old, start))
+        return Step(judged, batches, scores, hidden, old, start, *self._facts(judged, batches, old, start))
 
     def logps(self, batch: Answers, model: GPT | None = None) -> Tensor:
         """Log-probabilities (B, T) of the answers' tokens at the policy's temperature, 0 elsewhere."""

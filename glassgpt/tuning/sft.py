@@ -37,12 +37,10 @@ def sft(config: Sft) -> Path:
 def _train(config: Sft, ranks: Ranks) -> Path:
     config = stage.opened(config, ranks)
     model, tokenizer = stage.start(config, ranks)
-    longest, _, ends = stage.limits(config, model, tokenizer)
+    longest, overlong, ends = stage.limits(config, model, tokenizer)
 
     def fitting(records: Sequence[Record]) -> tuple[list[Example], Audit]:
-        audit = examples.fit(
-            examples.conversations(records, tokenizer, config.data.template), *stage.limits(config, model, tokenizer)
-        )
+        audit = examples.fit(examples.conversations(records, tokenizer, config.data.template), longest, overlong, ends)
         return audit.examples, audit
 
     learnt, held, audit = stage.both_parts(config, fitting)

@@ -125,9 +125,11 @@ def saved_as(config: Tuning) -> dict[str, Any]:
 def pairs(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], Audit]:
     """Pairs to learn from and held-out ones, of which both answers fit, and the audit of the first."""
 
+    most, overlong, ends = limits(config, model, tokenizer)
+
     def fitting(records: Sequence[Record]) -> tuple[list[Pair], Audit]:
         items = examples.pairs(records, tokenizer, config.data.template)
-        kept, audit = examples.fit_together(items, *limits(config, model, tokenizer))
+        kept, audit = examples.fit_together(items, most, overlong, ends)
         return [Pair(*texts) for _, texts in kept], audit
 
     return both_parts(config, fitting)
@@ -135,11 +137,11 @@ def pairs(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Pair],
 
 def judged(config: Tuning, model: GPT, tokenizer: Tokenizer) -> tuple[list[Judged], list[Judged], Audit]:
     """Labelled answers to learn from and held-out ones, and the audit of the first; pairs are taken apart."""
-    most, *_ = limits(config, model, tokenizer)
+    most, overlong, ends = limits(config, model, tokenizer)
 
     def fitting(records: Sequence[Record]) -> tuple[list[Judged], Audit]:
         items = examples.judged(records, tokenizer, config.data.template)
-        kept, audit = examples.fit_together([item[:1] for item in items], *limits(config, model, tokenizer))
+        kept, audit = examples.fit_together([item[:1] for item in items], most, overlong, ends)
         found = [items[number]._replace(answer=answer) for number, (answer,) in kept]
         # drift is measured on what fits of a mismatched answer, if nothing does on the answer itself
         short = (examples.truncated(item.mismatched, most) for item in found)
