@@ -16,12 +16,12 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import tokenizers
 import torch
-from tiny import VIETNAMESE, disturbed, few_merges, scripted
+from tiny import VIETNAMESE, Result, Run, caller, disturbed, few_merges, scripted
 
 from glassgpt import load
 from glassgpt.cli import main
@@ -53,24 +53,10 @@ TALK = [
 GREEDY = ("--temperature", 0)
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """`glassgpt chat ...` in this process."""
-
-    def call(*arguments: object) -> Result:
-        code = main(["chat", *map(str, arguments)])
-        return Result(code, *capsys.readouterr())
-
-    return call
+    return caller("chat", capsys)
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from tiny import VIETNAMESE, disturbed, few_merges, scripted
+from tiny import VIETNAMESE, Result, Run, caller, disturbed, few_merges, scripted
 
 from glassgpt import load
 from glassgpt.cli import main
@@ -26,24 +25,10 @@ from glassgpt.model import GPT, weights
 TOKENIZER = few_merges()
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """`glassgpt generate ...` in this process."""
-
-    def call(*arguments: object) -> Result:
-        code = main(["generate", *map(str, arguments)])
-        return Result(code, *capsys.readouterr())
-
-    return call
+    return caller("generate", capsys)
 
 
 def saved(model: GPT, folder: Path) -> Path:

@@ -1,11 +1,15 @@
-"""Tiny GPTs that the generation tests run: one random, one that writes a given text."""
+"""Tiny GPTs that the generation tests run: one random, one that writes a given text; and a command, run in this process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
+import pytest
 import torch
 
+from glassgpt.cli import main
 from glassgpt.config import ModelConfig
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
@@ -51,3 +55,24 @@ def scripted(tokenizer: Tokenizer, script: list[int], prompt_length: int = 1, co
 def random_ids(config: ModelConfig, *shape: int, seed: int = 2) -> torch.Tensor:
     """Token ids of the given shape."""
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Result(NamedTuple):
+    """What a command has left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+def caller(verb: str, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`glassgpt VERB ...` in this process."""
+
+    def call(*arguments: object) -> Result:
+        code = main([verb, *map(str, arguments)])
+        return Result(code, *capsys.readouterr())
+
+    return call
