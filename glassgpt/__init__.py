@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from glassgpt.exporting import export as export
     from glassgpt.generation import complete as complete
     from glassgpt.generation import generate as generate
+    from glassgpt.interpret.hooks import capture as capture
+    from glassgpt.interpret.hooks import edit as edit
     from glassgpt.interpret.info import info as info
     from glassgpt.lab.plan import plan as plan
     from glassgpt.loading import download as download
@@ -53,6 +55,8 @@ _HOME = {
     "Export": "config.hub",
     "Info": "config.info",
     "info": "interpret.info",
+    "capture": "interpret.hooks",
+    "edit": "interpret.hooks",
     "Plan": "config.plan",
     "plan": "lab.plan",
     "Generate": "config.generate",

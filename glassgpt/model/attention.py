@@ -114,11 +114,19 @@ def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float | None = None) -> Tensor:
-    """softmax(q kᵀ / √W) v, written out: the specification (Vaswani et al. 2017, eq. 1)."""
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scale: float | None = None,
+    tap: Callable[[str, Tensor], Tensor] = lambda name, x: x,
+) -> Tensor:
+    """softmax(q kᵀ / √W) v, written out: the specification (Vaswani et al. 2017, eq. 1). `tap` sees what lies between."""
     k, v = _for_every_head(q, k, v)
-    scores = q @ k.transpose(-2, -1) * _scale(q, scale)  # (B, H, T, S)
-    pattern = masked(scores, mask).softmax(dim=-1).to(v.dtype)
+    scores = tap("scores", q @ k.transpose(-2, -1) * _scale(q, scale))  # (B, H, T, S)
+    pattern = tap("pattern", tap("masked", masked(scores, mask)).softmax(dim=-1).to(v.dtype))
     return F.dropout(pattern, dropout) @ v  # (B, H, T, W)
 
 
@@ -248,6 +256,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_width, bias=config.has_qkv_bias)
         self.q_norm = norm(config, config.head_width) if config.qk_norm else nn.Identity()
         self.k_norm = norm(config, config.head_width) if config.qk_norm else nn.Identity()
+        self.q, self.k, self.v, self.z = (nn.Identity() for _ in range(4))  # taps
+        self.scores, self.masked, self.pattern = (nn.Identity() for _ in range(3))  # taps that only `tapped` passes through
         self.out = nn.Linear(config.n_head * config.head_width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, where: Where, cache: LayerCache | None = None) -> Tensor:
@@ -255,11 +265,15 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, sum(self.heads), self.head_width).transpose(1, 2)  # (B, H + 2G, T, W)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, W), (B, G, T, W) twice
         q, k = turned(self.q_norm(q), where.rotation), turned(self.k_norm(k), where.rotation)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # a norm may have made them float32
+        q, k, v = self.q(q.to(v.dtype)), self.k(k.to(v.dtype)), self.v(v)  # a norm may have made them float32
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, G, S, W)
         z = self.attend(q, k, v, where.masks[self.span], self.dropout if self.training else 0.0, self.scale)  # (B, H, T, W)
-        return self.out(z.transpose(1, 2).flatten(2))
+        return self.out(self.z(z).transpose(1, 2).flatten(2))
+
+    def tapped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float | None = None) -> Tensor:
+        """`plain` by way of this layer's taps: an `attend` for those who want to see the pattern."""
+        return plain(q, k, v, mask, dropout, scale, lambda name, x: getattr(self, name)(x))
 
 
 def use_attention(model: nn.Module, attend: Attend) -> None:

@@ -3,6 +3,7 @@
 As configured by default it is GPT-2 as published (Radford et al. 2019): token and learned position embeddings, pre-norm blocks of
 causal attention and a tanh-GELU MLP, a final norm and a head that is the token embedding again. Each part is a slot that the
 configuration fills when the network is built: `position.py`, `attention.py`, `norm.py`, `mlp.py`.
+A few `nn.Identity` modules are taps: they give a name to a tensor that no other module returns, for `interpret.hooks` to see.
 
 B batch, T positions of this call, S positions with the cached ones, D width, V vocabulary.
 """
@@ -35,12 +36,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1 = norm(config, config.width)
         self.attn = Attention(config, layer)
+        self.resid_mid = nn.Identity()
         self.norm_2 = norm(config, config.width)
         self.mlp = mlp(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, where: Where, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.drop(self.attn(self.norm_1(x), where, cache))
+        x = self.resid_mid(x + self.drop(self.attn(self.norm_1(x), where, cache)))
         return x + self.drop(self.mlp(self.norm_2(x), where))
 
 
@@ -54,6 +56,7 @@ class GPT(nn.Module):
         self.position_embedding = POSITIONS[config.position](config)
         self.embedding_norm = norm(config, config.width) if config.embedding_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
+        self.embed = nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm_f = norm(config, config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -79,6 +82,22 @@ class GPT(nn.Module):
         `segments` (B, T), without a cache, numbers the documents that share a row, in order: each is computed as if it
         stood alone. Routers leave their logits in `routes`. Raises UserError when the sequence is longer than the context.
         """
+        x, where = self.enter(ids, cache, pad, segments, routes)
+        for block in self.blocks:
+            x = block(x, where, cache)
+        if routes is not None:
+            routes.close()
+        return self.norm_f(x)
+
+    def enter(
+        self,
+        ids: Tensor,
+        cache: LayerCache | None = None,
+        pad: Tensor | None = None,
+        segments: Tensor | None = None,
+        routes: Routes | None = None,
+    ) -> tuple[Tensor, Where]:
+        """Token ids (B, T) to the residual stream before the first block (B, T, D), and what blocks need to know of places."""
         start = cache.length if cache is not None else 0
         if start + ids.size(1) > self.config.context_tokens:
             raise UserError(
@@ -90,12 +109,7 @@ class GPT(nn.Module):
         where = Where(
             self._masks(ids, cache, pad, segments, x.dtype), self.position_embedding.rotation(positions, x.dtype), routes
         )
-        x = self.drop(self.embedding_norm(x))
-        for block in self.blocks:
-            x = block(x, where, cache)
-        if routes is not None:
-            routes.close()
-        return self.norm_f(x)
+        return self.embed(self.drop(self.embedding_norm(x))), where
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `hidden` gave, (..., D), to logits (..., V)."""

@@ -32,10 +32,11 @@ class MLP(nn.Module):
         super().__init__()
         self.act: Callable[[Tensor], Tensor] = relu2 if config.mlp == "relu2" else gelu
         self.up = nn.Linear(config.width, hidden_width, bias=config.bias)
+        self.hidden = nn.Identity()  # a tap
         self.down = nn.Linear(hidden_width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, where: Where | None = None) -> Tensor:
-        return self.down(self.act(self.up(x)))
+        return self.down(self.hidden(self.act(self.up(x))))
 
 
 class GatedMLP(nn.Module):
@@ -45,10 +46,11 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate = nn.Linear(config.width, hidden_width, bias=config.bias)
         self.up = nn.Linear(config.width, hidden_width, bias=config.bias)
+        self.hidden = nn.Identity()  # a tap
         self.down = nn.Linear(hidden_width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, where: Where | None = None) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.hidden(F.silu(self.gate(x)) * self.up(x)))
 
 
 class Mixture(nn.Module):
