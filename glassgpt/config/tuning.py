@@ -65,7 +65,7 @@ class RecordsConfig:
 
 
 @dataclass(frozen=True)
-class Inspect:
+class DataInspect:
     """What a model would learn from files of examples: how they were recognised, lengths, what is learnt, only read, cut or left
     out, whether answers end, and some examples coloured by what is learnt."""
 

@@ -1,15 +1,16 @@
-"""How far a pass over documents is: a live line on a terminal, a plain line every ten seconds elsewhere."""
+"""How far long work is: a live line on a terminal, a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import rich.progress
 from rich.console import Console
 
 QUIET_SECONDS = 2.0
-"""A pass that is over sooner shows nothing."""
+"""Work that is over sooner shows nothing."""
 LINE_SECONDS = 10.0
 
 
@@ -41,4 +42,41 @@ def counted(documents: Iterable[str], title: str, console: Console | None = None
                 console.print(line, highlight=False, soft_wrap=True)
     finally:
         if bar.live.is_started:  # off a terminal `stop` would print an empty line
+            bar.stop()
+
+
+@contextmanager
+def steps(title: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """`with steps(title) as progress: ... progress(done, total)`: a bar with rate and time left on stderr."""
+    console = console or Console(stderr=True)
+    start = shown = time.perf_counter()
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("eta"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    task = bar.add_task(title, total=None)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        bar.update(task, completed=done, total=total)
+        if now - start < QUIET_SECONDS or now - shown < (0.2 if console.is_terminal else LINE_SECONDS):
+            return
+        shown = now
+        if console.is_terminal:
+            bar.start()
+        else:
+            rate = done / (now - start)
+            left = (total - done) / rate if rate else 0.0
+            console.print(f"{title}: {done:,}/{total:,}, {rate:.1f} a second, eta {left:.0f} s", highlight=False, soft_wrap=True)
+
+    try:
+        yield progress
+    finally:
+        if bar.live.is_started:
             bar.stop()

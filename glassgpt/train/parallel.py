@@ -179,9 +179,8 @@ def spread(scored: Scored, config: ParallelConfig, ranks: Ranks, *, compiled: bo
     if ranks.tensor_parallel > 1:
         for module in scored.model.modules():
             if isinstance(module, MLP | GatedMLP):
-                plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name, _ in module.named_children()}
-                plan["down"] = RowwiseParallel()
-                parallelize_module(module, ranks.mesh["tensor"], plan)
+                inward: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in ("gate", "up") if hasattr(module, name)}
+                parallelize_module(module, ranks.mesh["tensor"], {**inward, "down": RowwiseParallel()})
     if ranks.data_world == 1:
         return scored
     if config.strategy == "fsdp":

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stages import LORA, run, settings
 
 from glassgpt.config import ModelConfig, UserError
-from glassgpt.config.tuning import Inspect, Sft
+from glassgpt.config.tuning import DataInspect, Sft
 from glassgpt.data.records import read
 from glassgpt.loading import load
 from glassgpt.model import GPT, weights
@@ -24,7 +24,7 @@ from glassgpt.text import Tokenizer, chat
 from glassgpt.train.loss import IGNORE, Scored, token_loss
 from glassgpt.tuning import examples
 from glassgpt.tuning.examples import Example, Order, collate, fit
-from glassgpt.tuning.inspect import inspect
+from glassgpt.tuning.data_inspect import data_inspect
 
 
 def example(question: int, answer: int, name: str = "here") -> Example:
@@ -216,7 +216,7 @@ def test_a_loss_that_is_none_is_refused(given: str) -> None:
 
 def test_inspect_counts_what_is_there_with_pictures(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config: dict[str, Any] = {"files": (str(home / "chats.jsonl"),), "model": str(home / "model")}
-    found = inspect(Inspect(**config, chart=str(tmp_path / "lengths.png")))
+    found = data_inspect(DataInspect(**config, chart=str(tmp_path / "lengths.png")))
     out = capsys.readouterr().out
     _, tokenizer = load(home / "model")
     every = examples.conversations(read([str(home / "chats.jsonl")]), tokenizer, "chat")
@@ -225,12 +225,12 @@ def test_inspect_counts_what_is_there_with_pictures(home: Path, tmp_path: Path, 
     assert found["A"]["mean"] == pytest.approx(np.mean([sum(e.mask) for e in every]), abs=0.005)
     assert found["end_token_learnt"] == 40 and (tmp_path / "lengths.png").stat().st_size > 1000
     assert out.count("⟦") == out.count("⟧") == 5 and "chats.jsonl, line 1" in out
-    inspect(Inspect(**config, json=True))
+    data_inspect(DataInspect(**config, json=True))
     assert json.loads(capsys.readouterr().out)["tokens_learnt"] == found["tokens_learnt"]
-    short = inspect(Inspect(**config, max_tokens=20, show=0))
+    short = data_inspect(DataInspect(**config, max_tokens=20, show=0))
     assert short["dropped"]["too long"] == 40 - short["texts"] > 0
     for name, texts, learnt in (("pairs", 80, True), ("prompts", 40, False)):
-        found = inspect(Inspect(files=(str(home / f"{name}.jsonl"),), model=str(home / "model"), show=1))
+        found = data_inspect(DataInspect(files=(str(home / f"{name}.jsonl"),), model=str(home / "model"), show=1))
         assert found["texts"] == texts and bool(found["tokens_learnt"]) == learnt
 
 

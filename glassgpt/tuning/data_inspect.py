@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glassgpt.config import UserError
-from glassgpt.config.tuning import Inspect
+from glassgpt.config.tuning import DataInspect
 from glassgpt.data import records as reading
 from glassgpt.data.records import Record
 from glassgpt.loading import find
@@ -26,7 +26,7 @@ BINS = 20
 SHOWN_TOKENS = 160
 
 
-def inspect(config: Inspect) -> dict[str, Any]:
+def data_inspect(config: DataInspect) -> dict[str, Any]:
     """Print and return the audit of files of examples. Raises UserError where a training run would refuse to start."""
     found = find(config.model)
     tokenizer, context = found.tokenizer(), found.config().context_tokens
@@ -86,7 +86,7 @@ def summary(audit: Audit, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _show(
-    config: Inspect, facts: dict[str, Any], audit: Audit, records: Sequence[Record], tokenizer: Tokenizer, console: Console
+    config: DataInspect, facts: dict[str, Any], audit: Audit, records: Sequence[Record], tokenizer: Tokenizer, console: Console
 ) -> None:
     for line in facts["recognised"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
