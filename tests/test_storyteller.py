@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 def test_files() -> None:
-    assert bundled() == ["storyteller"]
+    assert bundled() == ["induction", "storyteller"]
     assert (FOLDER / "model.safetensors").stat().st_size < 25_000_000
     config, dtypes = find_config("storyteller")
     assert config == PRESETS["storyteller"]
