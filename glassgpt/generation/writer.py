@@ -140,7 +140,7 @@ def complete(
 
 def generate(config: Generate) -> list[Completion]:
     """Continue the prompts and print the texts, streamed when there is only one."""
-    prompts = read_prompts(config)
+    prompts = read_prompts(config.prompt, config.prompt_file)
     model, tokenizer = load(config.model, device=config.device, dtype=getattr(torch, config.dtype))
     seed = secrets.randbelow(2**31) if config.seed is None else config.seed
     drop_oldest = config.overflow == "drop-oldest"
@@ -177,11 +177,11 @@ def generate(config: Generate) -> list[Completion]:
     return completions
 
 
-def read_prompts(config: Generate) -> list[str]:
-    """The prompts of a configuration. Raises UserError for none, an empty one, or bytes that are not UTF-8."""
-    prompts = list(config.prompt)
-    if config.prompt_file is not None:
-        name = config.prompt_file
+def read_prompts(given: Sequence[str], name: str | None) -> list[str]:
+    """The prompts given, and that of a file (- is standard input). Raises UserError for none, an empty one, or bytes that are not
+    UTF-8."""
+    prompts = list(given)
+    if name is not None:
         try:
             prompts.append((sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8"))
         except OSError as error:

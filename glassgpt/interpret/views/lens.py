@@ -1,0 +1,82 @@
+"""What every layer would say comes next: a grid of layers and tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.text import Text
+
+from glassgpt import charts
+from glassgpt.config.inspect import Inspect
+from glassgpt.interpret.lens import Lens, lens
+from glassgpt.interpret.views.trained import tuned
+from glassgpt.interpret.views.view import SEQUENTIAL, Read, View, table, title
+
+SHOWN_TOKENS = 8
+"""Columns on a terminal: the last ones."""
+
+
+def view(config: Inspect, read: Read) -> View:
+    """The logit lens, or the tuned lens of --tuned-lens."""
+    found = lens(read.model, read.ids, config.top, tuned(config, read))
+    names = ["embed", *(f"layer {layer}" for layer in range(read.model.config.n_layer))]
+    labels = read.labels()
+    facts = {
+        "model": read.name,
+        "lens": "logit" if config.tuned_lens is None else "tuned",
+        "tokens": labels,
+        "layers": [_layer(read, found, name, row) for row, name in enumerate(names)],
+    }
+    return View(facts, _grid(facts, names), lambda: draw(facts, names))
+
+
+def _layer(read: Read, found: Lens, name: str, row: int) -> dict[str, Any]:
+    columns = zip(*(x[row].tolist() for x in (found.ids, found.probabilities, found.kl_bits, found.entropy_bits)), strict=True)
+    ranks = [*found.rank[row].tolist()]
+    return {
+        "name": name,
+        "places": [
+            {
+                "top": [{"token": read.label(i), "id": i, "probability": p} for i, p in zip(ids, probabilities, strict=True)],
+                "rank_of_next": ranks[place] if ranks[place] > 0 else None,
+                "kl_bits": kl,
+                "entropy_bits": bits,
+            }
+            for place, (ids, probabilities, kl, bits) in enumerate(columns)
+        ],
+    }
+
+
+def _grid(facts: dict[str, Any], names: list[str]) -> tuple[Any, ...]:
+    first = max(0, len(facts["tokens"]) - SHOWN_TOKENS)
+    rows = table("", *(str(place) for place in range(first, len(facts["tokens"]))))
+    for layer in reversed(facts["layers"]):
+        rows.add_row(layer["name"], *(_cell(place["top"][0]) for place in layer["places"][first:]))
+    rows.add_row("reads", *(Text(label, style="bold") for label in facts["tokens"][first:]))
+    note = "top token after each layer at each place; bold: above 50 %, dim: below 10 %"
+    return (title(f"{facts['lens'].capitalize()} lens", note), rows)
+
+
+def _cell(top: dict[str, Any]) -> Text:
+    p = top["probability"]
+    return Text(top["token"], style="bold blue" if p > 0.5 else "dim" if p < 0.1 else "")
+
+
+def draw(facts: dict[str, Any], names: list[str]) -> Any:
+    """The grid, layers from the bottom up, with the top token written into each cell."""
+    tops = [[place["top"][0] for place in layer["places"]] for layer in facts["layers"]]
+    T = len(facts["tokens"])
+    figure, axes = charts.figure(size=(0.95 * T + 2.2, 0.42 * len(tops) + 1.6))
+    picture = axes.imshow(
+        [[top["probability"] for top in row] for row in tops], origin="lower", aspect="auto", cmap=SEQUENTIAL, vmin=0, vmax=1
+    )
+    for row, cells in enumerate(tops):
+        for place, top in enumerate(cells):
+            ink = "white" if top["probability"] > 0.6 else "black"
+            axes.text(place, row, top["token"][:12], ha="center", va="center", fontsize=8, color=ink)
+    axes.set_xticks(range(T), facts["tokens"])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("token read")
+    axes.set_title(f"{facts['lens'].capitalize()} lens: what each layer would say comes next", fontsize=11)
+    figure.colorbar(picture, label="probability of the top token")
+    return figure

@@ -1,0 +1,199 @@
+"""`glassgpt inspect`: every view shows, draws and prints as JSON the same numbers; wrong input is one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import Run, caller
+
+import glassgpt
+from glassgpt.charts import drawable
+from glassgpt.interpret.attribution import attribute
+
+PROMPT = "Once upon a time there was a little girl named"
+VIETNAMESE = "Trí tuệ nhân tạo 🦕 và"
+VIEWS: dict[str, tuple[str, ...]] = {
+    "summary": (),
+    "attention": ("--attention", "all"),
+    "one head": ("--attention", "3.2"),
+    "heads": ("--heads",),
+    "lens": ("--lens",),
+    "why": ("--why", "--answer", " Mary", "--against", " Tom"),
+    "next": ("--next", "--top-k", "5", "--temperature", "0.7"),
+    "tree": ("--tree", "--width", "2", "--depth", "2"),
+    "trace": ("--trace", "little girl", "--answer", " Mary"),
+}
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str]) -> Run:
+    return caller("inspect", capsys)
+
+
+@pytest.fixture
+def numbers(inspect: Run) -> Any:
+    def call(*arguments: object) -> dict[str, Any]:
+        result = inspect(*arguments, "--json")
+        assert result.code == 0, result.err  # long work may tell how far it is
+        found: dict[str, Any] = json.loads(result.out)
+        return found
+
+    return call
+
+
+# ---------------------------------------------------------------------- every view
+
+
+@pytest.mark.parametrize("flags", VIEWS.values(), ids=VIEWS)
+def test_every_view_shows_draws_and_tells(inspect: Run, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    shown = inspect("storyteller", "--prompt", PROMPT, *flags, "--png", tmp_path / "view.png", "--svg", tmp_path / "view.svg")
+    assert shown.code == 0 and shown.err.count("picture: ") == 2
+    assert max(map(len, shown.out.splitlines())) <= 80  # fits a terminal
+    assert "\x1b" not in shown.out  # no colours off a terminal
+    assert (tmp_path / "view.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "view.svg").read_text(encoding="utf-8").startswith("<?xml")
+    told = inspect("storyteller", "--prompt", PROMPT, *flags, "--json")
+    assert told.code == 0 and told.err == ""
+    assert json.loads(told.out)["model"] == "storyteller"
+
+
+@pytest.mark.parametrize("flags", VIEWS.values(), ids=VIEWS)
+def test_vietnamese_and_emoji_show_whole(inspect: Run, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    flags = tuple("tạo" if flag == "little girl" else flag for flag in flags)
+    result = inspect("storyteller", "--prompt", VIETNAMESE, *flags, "--png", tmp_path / "view.png")
+    assert result.code == 0, result.err
+    assert "\N{REPLACEMENT CHARACTER}" not in result.out
+    assert "Glyph" not in result.err
+
+
+def test_the_summary_says_what_the_model_says(numbers: Any) -> None:
+    model, tokenizer = glassgpt.load("storyteller")
+    ids = torch.tensor(tokenizer.encode(PROMPT))
+    log_p = model(ids[None])[0].detach().log_softmax(-1)
+    found = numbers("storyteller", "--prompt", PROMPT)
+    assert [token["id"] for token in found["tokens"]] == ids.tolist()
+    for place, token in enumerate(found["tokens"][1:], start=1):
+        assert token["surprisal_bits"] == pytest.approx(float(-log_p[place - 1, ids[place]]) / 0.6931472, abs=1e-4)
+        assert token["rank"] == 1 + int((log_p[place - 1] > log_p[place - 1, ids[place]]).sum())
+    best = log_p[-1].topk(10)
+    assert [x["id"] for x in found["next"]] == best.indices.tolist()
+    assert [x["probability"] for x in found["next"]] == pytest.approx(best.values.exp().tolist(), abs=1e-5)
+    parts = [part for part in attribute(model, ids, int(best.indices[0])).parts if part.kind == "head"]
+    strongest = max(parts, key=lambda part: abs(part.value))
+    assert (found["strongest_heads"][0]["layer"], found["strongest_heads"][0]["head"]) == (strongest.layer, strongest.index)
+
+
+def test_the_parts_of_why_sum_to_the_logit(numbers: Any) -> None:
+    found = numbers("storyteller", "--prompt", PROMPT, "--why", "--answer", " Mary", "--dtype", "float64")
+    model, tokenizer = glassgpt.load("storyteller", dtype=torch.float64)
+    ids = tokenizer.encode(PROMPT)
+    logits = model(torch.tensor([ids]))[0, :, tokenizer.encode(" Mary")[0]].tolist()
+    assert found["logit"] == pytest.approx(logits[-1], abs=1e-9)
+    assert sum(part["value"] for part in found["parts"]) == pytest.approx(logits[-1], abs=1e-9)
+    at = numbers("storyteller", "--prompt", PROMPT, "--why", "--answer", " Mary", "--position", "3", "--dtype", "float64")
+    assert at["logit"] == pytest.approx(logits[3], abs=1e-9)
+
+
+def test_the_induction_model_is_seen_for_what_it_is(numbers: Any, inspect: Run) -> None:
+    found = numbers("induction", "--heads")["heads"]
+    assert [head["class"] for head in found] == ["previous-token", "induction"]
+    assert "induction" in inspect("induction", "--heads").out
+
+
+def test_patching(inspect: Run, numbers: Any, tmp_path: Path) -> None:
+    a, b = "Tom gave the ball to Lily. Lily said thank you to", "Tom gave the ball to Lily. Tom said thank you to"
+    flags = ("storyteller", "--patch", a, b, "--answer", " Tom", "--against", " Lily")
+    found = numbers(*flags)
+    share = torch.tensor(found["recovered"])
+    assert share.shape == (7, len(found["columns"])) and found["rows"][-1] == "end"
+    assert float(share[-1, -1]) == pytest.approx(1, abs=1e-4)  # the last state of the last token is all that is read
+    assert any("/" in column for column in found["columns"])
+    before = next(place for place, column in enumerate(found["columns"]) if "/" in column)
+    assert float(share[:, :before].abs().max()) < 1e-4  # nothing differs before the first difference
+    assert inspect(*flags, "--svg", tmp_path / "patch.svg").code == 0
+    for what, columns in (("heads", 5), ("attn", len(found["columns"])), ("mlp", len(found["columns"]))):
+        assert torch.tensor(numbers(*flags, "--patch-what", what)["recovered"]).shape == (6, columns)
+
+
+def test_comparing_a_model_with_itself_finds_nothing(inspect: Run, numbers: Any, tmp_path: Path) -> None:
+    found = numbers("--compare", "storyteller", "storyteller", "--prompt", PROMPT)
+    assert max(place["kl_bits"] for place in found["places"]) == 0
+    result = inspect("--compare", "storyteller", "storyteller", "--prompt", PROMPT, "--png", tmp_path / "compare.png")
+    assert result.code == 0 and (tmp_path / "compare.png").is_file()
+
+
+def test_lens_and_autoencoder_are_trained_once(inspect: Run, numbers: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Tom had a red ball. He liked to play with the ball in the park with his friend Lily. " * 200)
+    lens = ("storyteller", "--prompt", PROMPT, "--lens", "--tuned-lens", tmp_path / "lens")
+    first = numbers(*lens, "--source", text, "--steps", "3")
+    assert first["lens"] == "tuned" and numbers(*lens) == first
+    sae = ("storyteller", "--prompt", PROMPT, "--sae", tmp_path / "sae")
+    first = numbers(*sae, "--source", text, "--steps", "5", "--sae-features", "64", "--sae-at", "blocks.1")
+    assert first["activation"] == "blocks.1" and first["report"]["l0"] <= 32 and first["features"][0]["contexts"]
+    again = numbers(*sae)
+    assert [x["codes"] for x in again["features"]] == [x["codes"] for x in first["features"]] and again["report"] is None
+    shown = inspect(*sae, "--png", tmp_path / "sae.png")
+    assert shown.code == 0 and "--source TEXT adds" in shown.out and (tmp_path / "sae.png").is_file()
+
+
+def test_a_page_is_one_file(inspect: Run, tmp_path: Path) -> None:
+    result = inspect("storyteller", "--prompt", PROMPT, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert result.code == 0 and str(tmp_path / "page.html") in result.out
+    assert page.startswith("<!doctype html>") and "http://" not in re.sub(r"http://www\.w3\.org/\S+", "", page)
+    assert len(page) < 5e6
+
+
+def test_characters_without_a_shape_are_written_as_numbers() -> None:
+    assert drawable("ộ·↵ 中 🦕") == "ộ·↵ U+4E2D U+1F995"
+
+
+# ---------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to read; give --prompt"),
+        (("--prompt", "a", "--prompt-file", "b"), "give --prompt or --prompt-file, not both"),
+        (("--prompt-file", "/nowhere/x.txt"), "cannot read the prompt file /nowhere/x.txt: No such file"),
+        (("--prompt", "x " * 600), "the prompt has 1200 tokens and the context is 512; shorten it"),
+        (("--prompt", "a", "--lens", "--why"), "one view at a time; got --lens and --why"),
+        (("--prompt", "a", "--html", "x.html", "--lens"), "--html writes every view"),
+        (("--prompt", "a", "--html", "/nowhere/x.html"), "the folder /nowhere does not exist"),
+        (("--prompt", "a", "--attention", "9.1"), "--attention takes LAYER.HEAD, here from 0.0 to 5.4, or all; got '9.1'"),
+        (("--prompt", "a", "--attention", "x"), "--attention takes LAYER.HEAD"),
+        (("--prompt", "a", "--why", "--position", "5"), "--position 5 is outside the prompt, which has 1 tokens (0 to 0)"),
+        (("--prompt", "a", "--why", "--answer", "Rumpelstiltskin"), "--answer 'Rumpelstiltskin' must be one token"),
+        (("--prompt", "a", "--why", "--answer", ""), "--answer '' must be one token of this vocabulary; it is 0: nothing"),
+        (("--prompt", "a", "--lens", "--against", " b"), "--against is for --why and --patch; got it with --lens"),
+        (("--patch", "a b", "a"), "--patch needs two next tokens to tell apart"),
+        (("--patch", "a b", "a", "--answer", " a", "--against", " b"), "the same number of tokens; got 2: a|·b; 1: a"),
+        (("--prompt", "a", "--trace", "a"), "--trace needs --answer"),
+        (("--prompt", "a", "--trace", "zebra", "--answer", " b"), "--trace 'zebra' is not a part of the prompt"),
+        (("--prompt", "a", "--sae", "/nowhere/sae"), "--sae /nowhere/sae: nothing there yet; to train it, give --source TEXT"),
+        (("--prompt", "a", "--lens", "--tuned-lens", "/nowhere/lens"), "--tuned-lens /nowhere/lens: nothing there yet"),
+        (("--prompt", "a", "--tuned-lens", "x"), "--tuned-lens is for the view --lens; add --lens"),
+        (("--prompt", "a", "--top", "0"), "top must be at least 1; got 0"),
+        (("--prompt", "a", "--next", "--top-p", "0"), "top_p must be above 0"),
+        (("--prompt", "a", "--tree", "--width", "100"), "a tree of width 100 and depth 3"),
+    ],
+)
+def test_a_mistake_is_one_line(inspect: Run, arguments: tuple[str, ...], message: str) -> None:
+    result = inspect("storyteller", *arguments)
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("glassgpt inspect: error: ") and message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_compare_names_its_models_itself(inspect: Run) -> None:
+    result = inspect("storyteller", "--compare", "storyteller", "induction", "--prompt", "a")
+    assert result.code == 2 and "--compare names its two models itself; leave out 'storyteller'" in result.err
+    result = inspect("--compare", "storyteller", "induction", "--prompt", "a")
+    assert result.code == 2 and result.err.count("\n") == 1
