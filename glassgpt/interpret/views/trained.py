@@ -48,7 +48,7 @@ def autoencoder(config: Inspect, read: Read) -> tuple[TrainedSae, list[Tensor]]:
                 f"--source has less than {2 * ROWS * WINDOW_TOKENS} tokens, too few for an autoencoder; give more text"
             )
         at = config.sae_at or f"blocks.{(read.model.config.n_layer - 1) // 2}"
-        sparse = {"k": 32, "l1": None} if config.sae_kind == "topk" else {"k": None, "l1": 4.0}
+        sparse = {"k": 32, "l1": None} if config.sae_kind == "topk" else {"k": None, "l1": 2.0}
         options = SaeConfig(features=config.sae_features, steps=config.steps, seed=config.seed, **sparse)
         with steps("training the autoencoder") as progress:
             save_sae(train_sae(read.model, at, batches[:-held_out], options, progress), folder)
