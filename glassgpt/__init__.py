@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from glassgpt.tuning.reward import reward as reward
     from glassgpt.tuning.sft import sft as sft
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _HOME = {
     "PRESETS": "config",
