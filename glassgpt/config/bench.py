@@ -95,3 +95,31 @@ class Speedrun:
         for seed in self.seeds:
             check_seed(seed)
         check_at_least(1, self, "baseline_steps")
+
+
+@dataclass(frozen=True)
+class BenchInspect:
+    """Looking inside side by side with TransformerLens: every activation captured, and activation patching.
+
+    Both have the same random weights, each in a process of its own, and take turns. Their numbers must be equal.
+    """
+
+    preset: str = "gpt2"
+    """Shape of the network; its weights are random."""
+    tokens: int = 64
+    """Tokens of the text whose activations are captured."""
+    prompt_tokens: int = 15
+    """Tokens of the two prompts that are patched, layers by positions; they differ in every token, which is the slowest case."""
+    repeats: int = 5
+    """Turns of the captures; medians are reported."""
+    patch_repeats: int = 1
+    """Turns of the patching, which takes the peer minutes."""
+    peer: bool = True
+    """Also measure TransformerLens."""
+    threads: int | None = None
+    """CPU threads (default: PyTorch's)."""
+    json: bool = False
+    """One JSON object instead of a table."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "tokens", "prompt_tokens", "repeats", "patch_repeats", "threads")

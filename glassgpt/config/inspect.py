@@ -16,9 +16,9 @@ VIEWS = ("attention", "heads", "lens", "why", "next", "tree", "compare", "patch"
 
 @dataclass(frozen=True)
 class Inspect:
-    """Look inside a model while it reads a prompt: tokens, attention, what each layer expects, and why the next token is likely.
+    """Look inside a model while it reads a prompt: tokens, attention, what each layer expects, why the next token is likely.
 
-    Without a view the summary is shown. Views: --attention, --heads, --lens, --why, --next, --tree, --compare, --patch, --trace and
+    Without a view the summary is shown. Views: --attention, --heads, --lens, --why, --next, --tree, --compare, --patch, --trace,
     --sae.
     --html writes the whole as one page that needs no network; --png and --svg draw the view, --json prints its numbers.
     """

@@ -104,17 +104,17 @@ def bench_train(config: BenchTrain) -> Result:
             theirs.close()
             processes.append(process)
             pipes[system] = ours
-            told.print(f"{system}: first step took {_answer(ours, system)['first']:.1f} s", highlight=False)
+            told.print(f"{system}: first step took {answer(ours, system)['first']:.1f} s", highlight=False)
         for turn in range(config.repeats):
             for system, pipe in pipes.items():
                 pipe.send("step")
-                _answer(pipe, system)
+                answer(pipe, system)
             if told.is_terminal:
                 told.print(f"turn {turn + 1} of {config.repeats}", highlight=False)
         timings = {}
         for system, pipe in pipes.items():
             pipe.send("end")
-            timings[system] = Timing(**_answer(pipe, system))
+            timings[system] = Timing(**answer(pipe, system))
     finally:
         for process in processes:
             process.terminate()
@@ -128,7 +128,7 @@ def bench_train(config: BenchTrain) -> Result:
     return result
 
 
-def _answer(pipe: Connection, system: str) -> dict[str, Any]:
+def answer(pipe: Connection, system: str) -> dict[str, Any]:
     try:
         answer = pipe.recv()
     except EOFError:

@@ -23,8 +23,8 @@ from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer, chat
 from glassgpt.train.loss import IGNORE, Scored, token_loss
 from glassgpt.tuning import examples
-from glassgpt.tuning.examples import Example, Order, collate, fit
 from glassgpt.tuning.data_inspect import data_inspect
+from glassgpt.tuning.examples import Example, Order, collate, fit
 
 
 def example(question: int, answer: int, name: str = "here") -> Example:

@@ -108,7 +108,7 @@ def trace(config: Inspect, read: Read) -> View:
         "restored": found.restored.tolist(),
         "rows": rows,
     }
-    ends = f"probability of {read.label(answer)!r}: {found.clean:.4f} as it is, {found.corrupted:.4f} with noise on the tokens marked *"
+    ends = f"probability of {read.label(answer)!r}: {found.clean:.4f} as it is, {found.corrupted:.4f} with noise on tokens with *"
     shown = (
         title("Causal tracing", "probability when one state is restored"),
         _table(found.restored, rows, labels),

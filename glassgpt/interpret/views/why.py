@@ -1,4 +1,4 @@
-"""Why the next token is likely: its logit as a sum over the parts of the model, and the tokens of the prompt that it goes back to."""
+"""Why the next token is likely: its logit as a sum over the model's parts, and the tokens of the prompt that it goes back to."""
 
 from __future__ import annotations
 
