@@ -1,0 +1,76 @@
+"""Parameters in numbers and small pictures.
+
+L layers, H heads, G heads of keys and values, W head width, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glassgpt.model import GPT
+from glassgpt.model.lora import linears
+
+BINS = 40
+"""Bars of a histogram of weights."""
+SPREAD = 4.0
+"""It reaches this many standard deviations to both sides; what lies beyond is in the outermost bars."""
+HISTOGRAM_NUMBERS = 2**20
+"""Larger tensors are sampled for it: every second number, every third, and so on."""
+SLAB = (8, 64)
+"""Rows and columns to which a head's part of the Q | K | V matrix is reduced."""
+
+
+@dataclass(frozen=True)
+class WeightStats:
+    """One named parameter tensor in numbers."""
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    """Parameters that it adds to the model: 0 when it is another name for `tied_to`."""
+    tied_to: str | None
+    mean: float
+    std: float
+    min: float
+    max: float
+    histogram: tuple[int, ...]
+    """How many numbers, of those sampled, lie in each of BINS equal steps from mean - SPREAD std to mean + SPREAD std."""
+
+
+def weight_stats(model: GPT) -> Iterator[WeightStats]:
+    """Every parameter under every name, a tied head's too, in the order of the forward pass."""
+    first_name: dict[torch.nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        home = first_name.setdefault(parameter, name)
+        yield _stats(name, parameter.detach().float(), None if home == name else home)
+
+
+def _stats(name: str, weight: Tensor, tied_to: str | None) -> WeightStats:
+    std, mean = (float(x) for x in torch.std_mean(weight, correction=0))
+    low, high = mean - SPREAD * std, mean + SPREAD * std
+    sample = weight.flatten()[:: -(-weight.numel() // HISTOGRAM_NUMBERS)].cpu()
+    histogram = torch.histc(sample.clamp(low, high), BINS, low, high) if high > low else torch.zeros(BINS)
+    if not histogram.any():  # all alike, as in a new norm: one bar in the middle
+        histogram[BINS // 2] = len(sample)
+    least, most = (float(x) for x in weight.aminmax())
+    count = 0 if tied_to else weight.numel()
+    counts = tuple(int(n) for n in histogram.tolist())
+    return WeightStats(name, tuple(weight.shape), count, tied_to, mean, std, least, most, counts)
+
+
+def head_slabs(model: GPT) -> Tensor:
+    """Root mean square of each block of each head's rows of Q | K | V: (L, H + 2G, *SLAB), fewer where a matrix is smaller."""
+    parts = model.config.n_head + 2 * model.config.kv_heads
+    matrices = linears(model)
+    found = []
+    for layer in range(model.config.n_layer):
+        weight = matrices[f"blocks.{layer}.attn.qkv"].weight.detach().float()  # ((H + 2G) W, D)
+        by_head = weight.view(parts, -1, weight.size(1))  # (H + 2G, W, D)
+        size = (min(SLAB[0], by_head.size(1)), min(SLAB[1], by_head.size(2)))
+        found.append(F.adaptive_avg_pool2d(by_head.square(), size).sqrt().cpu())
+    return torch.stack(found)
