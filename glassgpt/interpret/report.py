@@ -18,7 +18,7 @@ from glassgpt.config.files import to_plain
 from glassgpt.config.generate import Sampling
 from glassgpt.interpret.anatomy import Anatomy, anatomy
 from glassgpt.interpret.attribution import Attribution, attribute
-from glassgpt.interpret.heads import HeadScore, head_scores, longest_probe
+from glassgpt.interpret.heads import HeadScore, usual_scores
 from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.lens import Lens, lens
 from glassgpt.interpret.next_token import NextToken, Surprise, next_tokens, surprises
@@ -33,8 +33,6 @@ SCORED_TOKENS = 64
 """Up to here the scores before the softmax are kept too."""
 CANDIDATES = 5
 """Tokens kept in each cell of the lens."""
-PROBE_TOKENS = 25
-"""Random tokens that are repeated to score the heads; fewer in a short context."""
 SHOWN = 20
 """Next tokens listed."""
 
@@ -118,7 +116,7 @@ def collect(
     """Look at a prompt from all sides. `target` and `against` are the two likeliest next tokens when not given.
 
     Raises UserError for an empty prompt, one of more than MOST_TOKENS tokens or longer than the context, for a target that is
-    no token or equals `against`, for logits that are not finite, and as `head_scores` and `attribute` do.
+    no token or equals `against`, for logits that are not finite, and as `usual_scores` and `attribute` do.
     """
     ids = _ids(tokenizer, prompt).to(next(model.parameters()).device)
     step = _counter(progress, 6)
@@ -129,9 +127,7 @@ def collect(
     order = last.argsort(descending=True, stable=True)
     target, against = _pair(order.tolist(), target, against)
     step()
-    bos = tokenizer.begin_id if tokenizer.begin_id is not None else tokenizer.end_id
-    longest = longest_probe(model, bos, tokenizer.vocab_size)
-    heads = tuple(head_scores(model, tokens=min(PROBE_TOKENS, longest), bos=bos, n_ids=tokenizer.vocab_size))
+    heads = tuple(usual_scores(model, tokenizer))
     step()
     layers = lens(model, ids, k=min(CANDIDATES, logits.size(1)))
     step()

@@ -75,8 +75,8 @@ def _shown(facts: dict[str, Any]) -> tuple[Any, ...]:
     if report := facts["report"]:
         parts.append(
             Text(
-                f"explained variance {report['explained_variance']:.3f}, {report['l0']:.1f} features a token,"
-                f" loss recovered {report['loss_recovered']:.3f}, dead {report['dead_share']:.1%}; on {report['tokens']:,} tokens",
+                f"explained variance {report['explained_variance']:.3f}, {report['l0']:.1f} features a token, loss recovered"
+                f" {report['loss_recovered']:.3f}, dead {report['dead_share']:.1%} (on {report['tokens']:,} tokens)",
                 style="dim",
             )
         )
