@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,16 +27,21 @@ from torch import Tensor
 from glassgpt.config import ModelConfig, UserError, preset
 from glassgpt.config.bench import BenchInspect
 from glassgpt.interpret.hooks import capture
+from glassgpt.interpret.html import page
 from glassgpt.interpret.patching import logit_difference, patch_sweep
+from glassgpt.interpret.report import collect
 from glassgpt.lab.bench import hf_peer
 from glassgpt.lab.bench_train import answer
 from glassgpt.model import GPT
+from glassgpt.text import Tokenizer
 from glassgpt.train import machine
 
 PEER = "TransformerLens"
 WORK = {"forward": "forward pass", "capture": "everything captured", "patch": "patching, layers x positions"}
 WARMED = ("forward", "capture")
 """Timed after a turn to warm up; patching takes too long for that."""
+ALONE = {"page": "page of inspect --html"}
+"""What the peer has not."""
 SAME = 1e-3
 """Both sides' numbers must be as close as this, in float32."""
 ANSWER, AGAINST = 1, 2  # token ids whose logits' difference is the metric
@@ -69,6 +75,8 @@ class Result:
     """By piece of work, then by system."""
     difference: dict[str, float]
     """The largest difference of the two sides' numbers."""
+    page_bytes: int
+    """Size of the page of `tokens` tokens."""
 
     @property
     def cost_of_capture(self) -> float:
@@ -81,7 +89,7 @@ class Result:
 
 
 def bench_inspect(config: BenchInspect) -> Result:
-    """Time both sides. Raises UserError when TransformerLens is not installed, and where the sides' numbers differ."""
+    """Time both sides, and our page. Raises UserError when TransformerLens is not installed, or the sides' numbers differ."""
     shape = preset(config.preset, dropout=0.0)
     longest = max(config.tokens, config.prompt_tokens)
     if longest > shape.context_tokens:
@@ -92,7 +100,7 @@ def bench_inspect(config: BenchInspect) -> Result:
         raise UserError("the peer `transformer_lens` is not installed; pip install 'glassgpt[bench]', or use --no-peer")
     threads = config.threads or torch.get_num_threads()
     with _workers(shape, config, threads) as pipes:
-        timings = {work: {system: Timing([], []) for system in pipes} for work in WORK}
+        timings = {work: {system: Timing([], []) for system in pipes} for work in WORK} | {"page": {"glassgpt": Timing([], [])}}
         numbers = {work: {system: _turn(pipe, system, work) for system, pipe in pipes.items()} for work in WARMED}
         for _ in range(config.repeats):
             for work in WARMED:
@@ -100,8 +108,9 @@ def bench_inspect(config: BenchInspect) -> Result:
                     _turn(pipe, system, work, timings[work][system])
         for _ in range(config.patch_repeats):
             numbers["patch"] = {system: _turn(pipe, system, "patch", timings["patch"][system]) for system, pipe in pipes.items()}
+            size = _turn(pipes["glassgpt"], "glassgpt", "page", timings["page"]["glassgpt"])
     difference = {work: _difference(work, found) for work, found in numbers.items()} if config.peer else {}
-    result = Result(config, threads, timings, difference)
+    result = Result(config, threads, timings, difference, int(size))
     _show(result)
     return result
 
@@ -199,7 +208,20 @@ def _ours(shape: ModelConfig, config: BenchInspect) -> dict[str, Job]:
     def patched() -> Tensor:
         return patch_sweep(model, clean, corrupted, logit_difference(ANSWER, AGAINST)).values[:-1]
 
-    return {"forward": lambda: model(text)[0, -1], "capture": captured, "patch": patched}
+    words = _words(shape.vocab_size)
+    prompt = " ".join(f"w{token_id}" for token_id in text[0].tolist())
+
+    def paged() -> Tensor:
+        return torch.tensor(len(page(collect(model, words, prompt, name=config.preset)).encode("utf-8")))
+
+    return {"forward": lambda: model(text)[0, -1], "capture": captured, "patch": patched, "page": paged}
+
+
+def _words(count: int) -> Tokenizer:
+    """A vocabulary of w0, w1, w2 ..."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{number}": number for number in range(count)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(words)
 
 
 def _theirs(shape: ModelConfig, config: BenchInspect) -> dict[str, Job]:
@@ -259,11 +281,14 @@ def _show(result: Result) -> None:
     for work, timings in result.timings.items():
         for number, (system, timing) in enumerate(timings.items()):
             memory = f"{max(timing.peak_bytes) / 1e6:,.0f} MB"
-            table.add_row("" if number else WORK[work], system, f"{timing.median:.3f}", f"{timing.spread:.0%}", memory)
+            table.add_row("" if number else (WORK | ALONE)[work], system, f"{timing.median:.3f}", f"{timing.spread:.0%}", memory)
         table.add_section()
     console = Console()
     console.print(table)
-    told = [f"capturing everything costs {result.cost_of_capture:.2f}x the forward pass"]
+    told = [
+        f"capturing everything costs {result.cost_of_capture:.2f}x the forward pass",
+        f"the page of {config.tokens} tokens has {result.page_bytes / 1e6:.2f} MB",
+    ]
     if config.peer:
         told += [f"{WORK[work]}: {result.ratio(work):.2f}x as fast as {PEER}" for work in WORK if work != "forward"]
     console.print("\n".join(told), highlight=False)

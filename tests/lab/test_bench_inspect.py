@@ -21,7 +21,8 @@ TINY = {"preset": "tiny", "tokens": 12, "prompt_tokens": 5, "repeats": 2, "threa
 def test_what_it_measures(peer: bool, capsys: pytest.CaptureFixture[str]) -> None:
     bench_inspect(BenchInspect(**TINY, peer=peer, json=True))  # type: ignore[arg-type]
     found = json.loads(capsys.readouterr().out)
-    assert list(found["timings"]) == list(WORK)
+    assert list(found["timings"]) == [*WORK, "page"] and list(found["timings"].pop("page")) == ["glassgpt"]
+    assert 100_000 < found["page_bytes"] < 1_000_000
     for timings in found["timings"].values():
         assert list(timings) == (["glassgpt", PEER] if peer else ["glassgpt"])
         assert all(second > 0 for timing in timings.values() for second in timing["seconds"])
@@ -35,13 +36,15 @@ def test_ratios_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     forward = {"glassgpt": Timing([1.0, 2.0, 9.0], [0]), PEER: Timing([3.0], [0])}
     capture = {"glassgpt": Timing([5.0], [10**6]), PEER: Timing([15.0], [2 * 10**6])}
     patch = {"glassgpt": Timing([2.0], [0]), PEER: Timing([50.0], [0])}
-    result = Result(BenchInspect(), 2, {"forward": forward, "capture": capture, "patch": patch}, {})
+    page = {"glassgpt": Timing([7.0], [0])}
+    result = Result(BenchInspect(), 2, {"forward": forward, "capture": capture, "patch": patch, "page": page}, {}, 4_050_000)
     assert result.cost_of_capture == 2.5
     assert (result.ratio("capture"), result.ratio("patch")) == (3.0, 25.0)
     assert forward["glassgpt"].spread == 4.0
     bench._show(result)
     out = capsys.readouterr().out
     assert "capturing everything costs 2.50x the forward pass" in out
+    assert "the page of 64 tokens has 4.05 MB" in out
     assert "patching, layers x positions: 25.00x as fast as TransformerLens" in out
     assert max(map(len, out.splitlines())) <= 80
 
