@@ -29,6 +29,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("see a GPT-2 at work in two minutes", "config.lab:Demo", "lab.demo:demo"),
+    "inspect": Command(
+        "look inside: tokens, attention, lenses, attribution, patching", "config.inspect:Inspect", "interpret.inspect:inspect"
+    ),
     "info": Command("what a model is made of: parameters, QKV, memory", "config.info:Info", "interpret.info:info"),
     "plan": Command("what training takes: operations, memory, time, cost", "config.plan:Plan", "lab.plan:plan"),
     "generate": Command("continue prompts", "config.generate:Generate", "generation.writer:generate"),
@@ -39,7 +42,9 @@ COMMANDS = {
     "dpo": Command("prefer better answers: DPO, IPO, KTO", "config.tuning:Dpo", "tuning.dpo:dpo"),
     "ppo": Command("reinforcement learning with a value head", "config.tuning:Ppo", "tuning.ppo:ppo"),
     "grpo": Command("reinforcement learning by comparing answers", "config.tuning:Grpo", "tuning.grpo:grpo"),
-    "data inspect": Command("what a model would learn from a file", "config.tuning:Inspect", "tuning.inspect:inspect"),
+    "data inspect": Command(
+        "what a model would learn from a file", "config.tuning:DataInspect", "tuning.data_inspect:data_inspect"
+    ),
     "runs": Command("list and compare training runs", "config.runs:Runs", "train.runs:runs"),
     "evaluate": Command("bits per byte of a model on text", "config.evaluate:Evaluate", "train.evaluate:evaluate"),
     "download": Command("fetch a model from the Hugging Face hub", "config.hub:Download", "loading:download"),
@@ -48,6 +53,9 @@ COMMANDS = {
     "bench generate": Command("speed of generation beside a peer", "config.lab:Bench", "lab.bench:bench"),
     "bench train": Command("speed and memory of training beside peers", "config.bench:BenchTrain", "lab.bench_train:bench_train"),
     "bench device": Command("CPU against GPU, float32 against bf16", "config.bench:BenchDevice", "lab.bench_device:bench_device"),
+    "bench inspect": Command(
+        "capture and patching beside TransformerLens", "config.bench:BenchInspect", "lab.bench_inspect:bench_inspect"
+    ),
     "lab speedrun": Command("time to a loss beside nanoGPT's recipe", "config.bench:Speedrun", "lab.speedrun:speedrun"),
     "lab scaling": Command("scaling laws from a ladder of small runs", "config.scaling:Scaling", "lab.scaling:scaling"),
     "lab alignment": Command("PPO, DPO, GRPO: a reward met, one gamed", "config.alignment:Alignment", "lab.alignment:alignment"),
@@ -57,6 +65,13 @@ COMMANDS = {
         "config.gradient_balance:GradientBalance",
         "lab.gradient_balance:gradient_balance",
     ),
+    "lab temperature": Command(
+        "temperature and top-p measured beside real text",
+        "config.temperature:Temperature",
+        "lab.temperature_sweep:temperature_sweep",
+    ),
+    "lab coherence": Command("how far back a model looks", "config.coherence:Coherence", "lab.coherence:coherence"),
+    "lab qkv": Command("fused QKV or three matrices; tied head or not", "config.qkv:Qkv", "lab.qkv:qkv"),
 }
 GROUPS = {verb.split()[0] for verb in COMMANDS if " " in verb}
 CONFIG_FLAG = "--config"

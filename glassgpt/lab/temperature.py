@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from glassgpt import charts
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import Completion, complete, distribution
-from glassgpt.generation.sampling import entropy
+from glassgpt.lab.text_measures import repeated_share
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 
@@ -36,16 +38,20 @@ def sample(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, ne
     settings = Sampling(temperature=temperature)
     (completion,) = complete(model, tokenizer, [prompt], settings, max_new_tokens=new_tokens, seed=seed, ignore_end=True)
     written = [token.id for token in completion.tokens]
-    logits = logits_of(model, (tokenizer.encode(prompt) + written)[:-1])[-len(written) :]  # (written, V)
-    bits = torch.tensor(2.0).log()
-    surprise = -sum(token.logprob for token in completion.tokens) / len(written)
-    return Sample(
-        temperature,
-        completion,
-        entropy_bits=float(entropy(logits / temperature).mean() / bits) if temperature > 0 else 0.0,
-        surprise_bits=surprise / float(bits),
-        repeated_share=repeated_share(written),
-    )
+    surprise_bits, entropy_bits = measured(model, tokenizer.encode_start(prompt), written, settings, tokenizer.vocab_size)
+    return Sample(temperature, completion, fmean(entropy_bits), fmean(surprise_bits), repeated_share(written))
+
+
+def measured(
+    model: GPT, before: Sequence[int], written: Sequence[int], sampling: Sampling, n_ids: int
+) -> tuple[list[float], list[float]]:
+    """Of every token written after the ids `before`, in bits: -log2 of the model's own probability (temperature 1), and the
+    entropy of the distribution that it was drawn from. `n_ids` of the vocabulary can be drawn."""
+    logits = logits_of(model, [*before, *written][:-1])[-len(written) :, :n_ids]  # (written, V)
+    ids = torch.tensor(list(written), device=logits.device)[:, None]
+    surprise = -logits.log_softmax(-1).gather(-1, ids).squeeze(-1) / math.log(2)
+    drawn_from = distribution(logits, sampling)
+    return surprise.tolist(), (torch.special.entr(drawn_from).sum(-1) / math.log(2)).tolist()
 
 
 @torch.inference_mode()
@@ -54,12 +60,6 @@ def logits_of(model: GPT, ids: Sequence[int]) -> Tensor:
     device = next(model.parameters()).device
     logits: Tensor = model(torch.tensor([list(ids)], device=device))[0]
     return logits.float()
-
-
-def repeated_share(ids: Sequence[int], n: int = 3) -> float:
-    """Share of the runs of `n` ids that equal an earlier run; 0 for fewer than `n` ids."""
-    runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def next_tokens(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, count: int) -> list[tuple[str, float]]:

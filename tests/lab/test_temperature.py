@@ -31,13 +31,6 @@ def model(tokenizer: Tokenizer) -> GPT:
     return model
 
 
-@pytest.mark.parametrize(
-    ("ids", "share"), [([], 0), ([1, 2], 0), ([1, 2, 3, 4], 0), ([1, 2, 3, 1, 2, 3], 1 / 4), ([7] * 10, 7 / 8)]
-)
-def test_repeated_share_by_hand(ids: list[int], share: float) -> None:
-    assert temperature.repeated_share(ids) == pytest.approx(share, abs=1e-12)
-
-
 def test_temperature_changes_heights_and_never_the_order(model: GPT, tokenizer: Tokenizer) -> None:
     shown = {t: temperature.next_tokens(model, tokenizer, PROMPT, t, 8) for t in (0.1, 0.7, 1.0, 1.5)}
     assert len({tuple(token for token, _ in rows) for rows in shown.values()}) == 1
