@@ -50,28 +50,30 @@ COMMANDS = {
     "download": Command("fetch a model from the Hugging Face hub", "config.hub:Download", "loading:download"),
     "export": Command("write a model for other programs", "config.hub:Export", "exporting:export"),
     "merge": Command("add an adapter to the weights of its base", "config.hub:Merge", "exporting:merge"),
-    "bench generate": Command("speed of generation beside a peer", "config.lab:Bench", "lab.bench:bench"),
-    "bench train": Command("speed and memory of training beside peers", "config.bench:BenchTrain", "lab.bench_train:bench_train"),
-    "bench device": Command("CPU against GPU, float32 against bf16", "config.bench:BenchDevice", "lab.bench_device:bench_device"),
+    "bench generate": Command("speed of generation beside a peer", "config.lab:Bench", "lab.bench.generate:bench"),
+    "bench train": Command("speed and memory of training beside peers", "config.bench:BenchTrain", "lab.bench.train:bench_train"),
+    "bench device": Command("CPU against GPU, float32 against bf16", "config.bench:BenchDevice", "lab.bench.device:bench_device"),
     "bench inspect": Command(
-        "capture and patching beside TransformerLens", "config.bench:BenchInspect", "lab.bench_inspect:bench_inspect"
+        "capture and patching beside TransformerLens", "config.bench:BenchInspect", "lab.bench.inspect:bench_inspect"
     ),
     "lab speedrun": Command("time to a loss beside nanoGPT's recipe", "config.bench:Speedrun", "lab.speedrun:speedrun"),
     "lab scaling": Command("scaling laws from a ladder of small runs", "config.scaling:Scaling", "lab.scaling:scaling"),
-    "lab alignment": Command("PPO, DPO, GRPO: a reward met, one gamed", "config.alignment:Alignment", "lab.alignment:alignment"),
-    "lab ladder": Command("what each step from GPT-2 to a modern model buys", "config.ladder:Ladder", "lab.ladder:ladder"),
+    "lab alignment": Command(
+        "PPO, DPO, GRPO: a reward met, one gamed", "config.alignment:Alignment", "lab.alignment.alignment:alignment"
+    ),
+    "lab ladder": Command("what each step from GPT-2 to a modern model buys", "config.ladder:Ladder", "lab.ladder.ladder:ladder"),
     "lab gradient-balance": Command(
         "does fine-tuning learn from instruction or response?",
         "config.gradient_balance:GradientBalance",
-        "lab.gradient_balance:gradient_balance",
+        "lab.gradient_balance.gradient_balance:gradient_balance",
     ),
     "lab temperature": Command(
         "temperature and top-p measured beside real text",
         "config.temperature:Temperature",
-        "lab.temperature_sweep:temperature_sweep",
+        "lab.temperature.sweep:temperature_sweep",
     ),
-    "lab coherence": Command("how far back a model looks", "config.coherence:Coherence", "lab.coherence:coherence"),
-    "lab qkv": Command("fused QKV or three matrices; tied head or not", "config.qkv:Qkv", "lab.qkv:qkv"),
+    "lab coherence": Command("how far back a model looks", "config.coherence:Coherence", "lab.coherence.coherence:coherence"),
+    "lab qkv": Command("fused QKV or three matrices; tied head or not", "config.qkv:Qkv", "lab.qkv.qkv:qkv"),
 }
 GROUPS = {verb.split()[0] for verb in COMMANDS if " " in verb}
 CONFIG_FLAG = "--config"

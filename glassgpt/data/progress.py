@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import rich.progress
 from rich.console import Console
@@ -12,6 +13,9 @@ from rich.console import Console
 QUIET_SECONDS = 2.0
 """Work that is over sooner shows nothing."""
 LINE_SECONDS = 10.0
+Item = TypeVar("Item")
+Progress = Callable[[int, int], None]
+"""progress(done, total)"""
 
 
 def counted(documents: Iterable[str], title: str, console: Console | None = None) -> Iterator[str]:
@@ -46,7 +50,7 @@ def counted(documents: Iterable[str], title: str, console: Console | None = None
 
 
 @contextmanager
-def steps(title: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+def steps(title: str, console: Console | None = None) -> Iterator[Progress]:
     """`with steps(title) as progress: ... progress(done, total)`: a bar with rate and time left on stderr."""
     console = console or Console(stderr=True)
     start = shown = time.perf_counter()
@@ -80,3 +84,11 @@ def steps(title: str, console: Console | None = None) -> Iterator[Callable[[int,
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+def tracked(items: Sequence[Item], title: str, console: Console | None = None) -> Iterator[Item]:
+    """The same items; how many are done, and the time that the rest will take, is shown."""
+    with steps(title, console) as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress(done, len(items))

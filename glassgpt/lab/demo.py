@@ -17,7 +17,7 @@ from rich.text import Text
 from glassgpt.config import PRESETS, OptimConfig, Pretrain, UserError, preset
 from glassgpt.config.lab import Demo
 from glassgpt.interpret.anatomy import Anatomy, anatomy
-from glassgpt.lab import temperature
+from glassgpt.lab.temperature import sample as temperature
 from glassgpt.loading import find_config, load
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
@@ -143,7 +143,7 @@ def _show_temperatures(console: Console, model: GPT, tokenizer: Tokenizer, confi
 
 def _show_distribution(console: Console, model: GPT, tokenizer: Tokenizer, prompt: str) -> None:
     table = Table("next token", *(f"temperature {t:g}" for t in TEMPERATURES), box=None, pad_edge=False)
-    columns = [temperature.next_tokens(model, tokenizer, prompt, t, SHOWN_TOKENS) for t in TEMPERATURES]
+    columns = [temperature.likeliest(model, tokenizer, prompt, t, SHOWN_TOKENS) for t in TEMPERATURES]
     for row in zip(*columns, strict=True):
         table.add_row(Text(repr(row[0][0])), *(f"{'█' * round(12 * p):12} {p:.3f}" for _, p in row))
     console.print(Text(f"after “…{prompt[-50:]}”"))

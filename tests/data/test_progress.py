@@ -79,3 +79,20 @@ def test_the_terminal_is_left_as_it_was(clock: list[float]) -> None:
             break
     left.close()  # type: ignore[attr-defined]
     assert text_of(console).count(SHOW) == 1
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_steps_say_what_is_left(clock: list[float], terminal: bool) -> None:
+    console = shown(terminal)
+    with progress.steps("patching", console) as step:
+        step(1, 10)  # too soon to say anything
+        assert text_of(console) == ""
+        clock[0] += 20.0
+        step(4, 10)
+    said = text_of(console)
+    assert ("patching: 4/10, 0.2 a second, eta 30 s" in said) is not terminal
+    assert ("4/10" in said) is terminal or not terminal
+
+
+def test_tracked_items_are_the_same() -> None:
+    assert list(progress.tracked([3, 1], "x", shown(False))) == [3, 1]

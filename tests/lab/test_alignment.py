@@ -19,10 +19,13 @@ from glassgpt import charts
 from glassgpt.cli import main
 from glassgpt.config import UserError
 from glassgpt.config.alignment import Alignment
-from glassgpt.lab import alignment as lab
-from glassgpt.lab import alignment_report, alignment_start, arithmetic, series
-from glassgpt.lab.alignment_measure import Judge, Point
-from glassgpt.lab.arithmetic import Problem, Shares
+from glassgpt.lab import series
+from glassgpt.lab.alignment import alignment as lab
+from glassgpt.lab.alignment import arithmetic
+from glassgpt.lab.alignment import report as alignment_report
+from glassgpt.lab.alignment import start as alignment_start
+from glassgpt.lab.alignment.arithmetic import Problem, Shares
+from glassgpt.lab.alignment.measure import Judge, Point
 from glassgpt.loading import complete_checkpoints, load
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer, chat
@@ -194,7 +197,7 @@ def test_wins_are_by_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = noisy(tmp_path / "model", tokenizer, 0)
     held = [Problem(1, 1), Problem(2, 2), Problem(3, 3), Problem(4, 4)]
     said = iter([["2", "5", "5", "5"], ["3", "4", "6 7 8 9", "8"]])
-    monkeypatch.setattr("glassgpt.lab.alignment_measure.texts_of", lambda written, tokenizer: next(said))
+    monkeypatch.setattr("glassgpt.lab.alignment.measure.texts_of", lambda written, tokenizer: next(said))
     point, answers = Judge(folder, held, 0, CPU).point(folder, 0)
     assert point.truth == 0.5
     assert point.wins == (0 + 1 + 0.5 + 1) / 4
@@ -213,7 +216,7 @@ def test_no_run_for_the_proxy_knows_the_truth(tmp_path: Path) -> None:
         wanted = f"pairs-{name[:5].strip('-')}.jsonl" if "dpo" in name else "prompts.jsonl"
         assert Path(stage.data.files[0]).name == wanted
         reward = {"proxy": "proxy", "goal-": "exact"}[name[:5]]
-        assert getattr(stage, "reward", None) in (None, (f"glassgpt.lab.arithmetic:{reward}",))
+        assert getattr(stage, "reward", None) in (None, (f"glassgpt.lab.alignment.arithmetic:{reward}",))
         assert stage.start == planned["goal-ppo-loose"].start
         assert (stage.max_steps, stage.seed) == (planned["goal-ppo-loose"].max_steps, 0)
     betas = {name: stage.beta for name, stage in planned.items()}  # type: ignore[attr-defined]

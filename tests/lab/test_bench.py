@@ -10,7 +10,7 @@ import pytest
 from glassgpt.cli import main
 from glassgpt.config import UserError
 from glassgpt.config.lab import Bench
-from glassgpt.lab.bench import PEER, Result, Timing, bench
+from glassgpt.lab.bench.generate import PEER, Result, Timing, bench
 
 SMALL = ["bench", "generate", "--preset", "tiny", "--prompt_tokens", "5", "--new_tokens", "6", "--repeats", "2"]
 

@@ -10,8 +10,8 @@ import pytest
 
 from glassgpt.config import UserError
 from glassgpt.config.bench import BenchInspect
-from glassgpt.lab import bench_inspect as bench
-from glassgpt.lab.bench_inspect import PEER, WORK, Result, Timing, bench_inspect
+from glassgpt.lab.bench import inspect as bench
+from glassgpt.lab.bench.inspect import PEER, WORK, Result, Timing, bench_inspect
 
 SIDES = [False, True] if find_spec("transformer_lens") else [False]
 TINY = {"preset": "tiny", "tokens": 12, "prompt_tokens": 5, "repeats": 2, "threads": 1}

@@ -10,7 +10,7 @@ import pytest
 from glassgpt.cli import main
 from glassgpt.config import UserError
 from glassgpt.config.bench import BenchTrain
-from glassgpt.lab.bench_train import Result, Timing
+from glassgpt.lab.bench.train import Result, Timing
 
 TINY = ["--preset", "tiny", "--context_tokens", "16", "--repeats", "1"]
 

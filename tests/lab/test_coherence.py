@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import random
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 
 from glassgpt.cli import main
 from glassgpt.config import ModelConfig, preset
-from glassgpt.lab import bootstrap, coherence, context_loss, progress, topics
-from glassgpt.lab.context_loss import Reach
+from glassgpt.lab import bootstrap
+from glassgpt.lab.coherence import coherence, context_loss, topics
+from glassgpt.lab.coherence.context_loss import Reach
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
 
@@ -264,17 +263,6 @@ def test_the_copying_model_looks_as_far_as_it_must() -> None:
     ((distance,),) = coherence.attention_distance(copying(5), periodic(5)[:2, :C])
     seen = [sum(range(i + 1)) / (i + 1) if i < 4 else 4 for i in range(C)]  # before the fifth token: all alike
     assert distance == pytest.approx(sum(seen) / C, abs=1e-3)
-
-
-def test_progress_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
-    said = io.StringIO()
-    with progress.bar("cells", Console(file=said)) as step:
-        step(1, 4)
-        step(4, 4)
-    (line,) = said.getvalue().splitlines()
-    assert line.startswith("cells: 1 of 4, eta ")
-    assert list(progress.tracked([3, 1], "x")) == [3, 1]
 
 
 # ---------------------------------------------------------------------- the command

@@ -19,9 +19,9 @@ from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.gradient_balance import GradientBalance, weight_of
 from glassgpt.config.model import MoeConfig
 from glassgpt.config.tuning import RecordsConfig, Sft
-from glassgpt.lab import gradient_balance as lab
-from glassgpt.lab.gradient_balance_compare import Part, Point, Result, findings
-from glassgpt.lab.gradient_split import (
+from glassgpt.lab.gradient_balance import gradient_balance as lab
+from glassgpt.lab.gradient_balance.compare import Part, Point, Result, findings
+from glassgpt.lab.gradient_balance.split import (
     END,
     INSTRUCTION,
     KINDS,

@@ -27,9 +27,10 @@ from glassgpt.config.files import to_plain
 from glassgpt.config.ladder import CHANGES, Ladder, Rung, climb
 from glassgpt.data import Batch
 from glassgpt.generation import KVCache
-from glassgpt.lab import ladder as lab
-from glassgpt.lab import ladder_report, series
-from glassgpt.lab.ladder_compare import (
+from glassgpt.lab import series
+from glassgpt.lab.ladder import ladder as lab
+from glassgpt.lab.ladder import report as ladder_report
+from glassgpt.lab.ladder.compare import (
     ALONE,
     BETTER,
     COUNTING,
@@ -45,7 +46,7 @@ from glassgpt.lab.ladder_compare import (
     t_quantile,
     verdict,
 )
-from glassgpt.lab.ladder_speed import Cost, Held, measure
+from glassgpt.lab.ladder.speed import Cost, Held, measure
 from glassgpt.model import GPT, plain
 from glassgpt.train import machine
 from glassgpt.train.run import Log, read_log
@@ -285,7 +286,7 @@ def test_a_wrong_kernel_shows(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(q, k, v, torch.ones(1, 1, q.size(2), k.size(2), dtype=torch.bool), *rest)
 
     monkeypatch.setattr(machine, "attend_by", lambda device: everything_seen)
-    monkeypatch.setattr("glassgpt.lab.ladder_speed.TURN_SECONDS", 0.0)
+    monkeypatch.setattr("glassgpt.lab.ladder.speed.TURN_SECONDS", 0.0)
     config = Ladder(**SMALL | {"rungs": ("kernel",), "seeds": 1, "model": dataclasses.replace(TINY, width=48)})
     costs = measure(config, climb(config), batch, CPU, lambda _: None)
     costs = {name: dataclasses.replace(cost, step_seconds=[1.0]) for name, cost in costs.items()}
@@ -311,7 +312,7 @@ def test_a_cache_is_read_as_the_engine_fills_it() -> None:
 def no_loss_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture a run takes longer than the run, and is tested elsewhere."""
     monkeypatch.setattr("glassgpt.train.session.plot_loss", lambda run: [])
-    monkeypatch.setattr("glassgpt.lab.ladder_speed.TURN_SECONDS", 0.05)
+    monkeypatch.setattr("glassgpt.lab.ladder.speed.TURN_SECONDS", 0.05)
 
 
 @pytest.fixture(scope="module")

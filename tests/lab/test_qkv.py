@@ -17,10 +17,11 @@ from glassgpt.cli import main
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.model import MoeConfig
 from glassgpt.config.qkv import Qkv
-from glassgpt.lab import qkv as lab
-from glassgpt.lab import qkv_report, qkv_speed
-from glassgpt.lab.qkv_speed import BASE, VARIANTS, Memory
-from glassgpt.lab.separate import SeparateQKV, parameters, separate, untie
+from glassgpt.lab.qkv import qkv as lab
+from glassgpt.lab.qkv import report as qkv_report
+from glassgpt.lab.qkv import speed as qkv_speed
+from glassgpt.lab.qkv.separate import SeparateQKV, parameters, separate, untie
+from glassgpt.lab.qkv.speed import BASE, VARIANTS, Memory
 from glassgpt.model import GPT
 from glassgpt.train.loss import Scored
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from glassgpt.config import preset
-from glassgpt.lab import temperature
+from glassgpt.interpret.next_token import logits_of
+from glassgpt.lab.temperature import sample as temperature
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 
@@ -32,11 +33,11 @@ def model(tokenizer: Tokenizer) -> GPT:
 
 
 def test_temperature_changes_heights_and_never_the_order(model: GPT, tokenizer: Tokenizer) -> None:
-    shown = {t: temperature.next_tokens(model, tokenizer, PROMPT, t, 8) for t in (0.1, 0.7, 1.0, 1.5)}
+    shown = {t: temperature.likeliest(model, tokenizer, PROMPT, t, 8) for t in (0.1, 0.7, 1.0, 1.5)}
     assert len({tuple(token for token, _ in rows) for rows in shown.values()}) == 1
     first = [rows[0][1] for rows in shown.values()]
     assert first == sorted(first, reverse=True)
-    logits = temperature.logits_of(model, tokenizer.encode(PROMPT))[-1]
+    logits = logits_of(model, tokenizer.encode(PROMPT))[-1]
     expected = (logits / 0.7).softmax(-1).sort(descending=True).values[:8].tolist()
     assert [p for _, p in shown[0.7]] == pytest.approx(expected, abs=1e-6)
 
@@ -46,8 +47,8 @@ def test_measures_of_a_sample(model: GPT, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(PROMPT)
     bits, surprise = [], []
     for token in made.completion.tokens:  # step by step, from the definition
-        log_p = temperature.logits_of(model, ids)[-1].double().log_softmax(-1)
-        p = (temperature.logits_of(model, ids)[-1].double() / 0.7).softmax(-1)
+        log_p = logits_of(model, ids)[-1].double().log_softmax(-1)
+        p = (logits_of(model, ids)[-1].double() / 0.7).softmax(-1)
         bits.append(float(-(p * p.log2()).sum()))
         surprise.append(-float(log_p[token.id]) / math.log(2))
         ids.append(token.id)

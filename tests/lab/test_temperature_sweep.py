@@ -16,11 +16,14 @@ from glassgpt.cli import main
 from glassgpt.config import UserError, preset
 from glassgpt.config.generate import Sampling
 from glassgpt.config.temperature import Temperature
-from glassgpt.lab import reference, temperature_cells, temperature_pictures, temperature_report
-from glassgpt.lab import temperature_sweep as lab
+from glassgpt.lab import reference
 from glassgpt.lab import text_measures as measure
-from glassgpt.lab.ngram import Ngram
-from glassgpt.lab.temperature_cells import Cell, Limits, Measures, Result, Written, limits_of, measures_of
+from glassgpt.lab.temperature import cells as temperature_cells
+from glassgpt.lab.temperature import pictures as temperature_pictures
+from glassgpt.lab.temperature import report as temperature_report
+from glassgpt.lab.temperature import sweep as lab
+from glassgpt.lab.temperature.cells import Cell, Limits, Measures, Result, Written, limits_of, measures_of
+from glassgpt.lab.temperature.ngram import Ngram
 from glassgpt.loading import load
 from glassgpt.model import GPT
 from glassgpt.model.weights import save

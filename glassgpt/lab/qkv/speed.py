@@ -16,9 +16,9 @@ import torch
 
 from glassgpt.config import OptimConfig, UserError, preset
 from glassgpt.config.qkv import Qkv
+from glassgpt.data.progress import Progress
 from glassgpt.generation import KVCache
-from glassgpt.lab.progress import Progress
-from glassgpt.lab.separate import SeparateQKV, parameters, separate, untie
+from glassgpt.lab.qkv.separate import SeparateQKV, parameters, separate, untie
 from glassgpt.model import GPT, use_attention
 from glassgpt.model.attention import Attention
 from glassgpt.train import machine, optim

@@ -11,7 +11,7 @@ from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.files import to_plain
 from glassgpt.config.ladder import BASE, CHANGES, Ladder, Rung
 from glassgpt.interpret.cost import active_parameters, parameters, training_flops
-from glassgpt.lab.ladder_speed import Cost
+from glassgpt.lab.ladder.speed import Cost
 
 BETTER, WORSE, SAME, ALONE = "better", "worse", "the same runs", "one seed: no interval"
 UNDECIDED = "not distinguishable at this size"

@@ -25,16 +25,17 @@ from glassgpt.config import UserError
 from glassgpt.config.coherence import Coherence
 from glassgpt.config.files import to_plain
 from glassgpt.config.generate import Sampling
+from glassgpt.data.progress import steps
 from glassgpt.generation import stream
 from glassgpt.interpret.heads import pattern_distance
 from glassgpt.interpret.hooks import capture
-from glassgpt.lab import coherence_report, context_loss, topics
 from glassgpt.lab.bootstrap import Interval
-from glassgpt.lab.context_loss import WITHIN_BITS, WITHIN_SHARE, Point, Reach
-from glassgpt.lab.progress import bar
+from glassgpt.lab.coherence import context_loss, topics
+from glassgpt.lab.coherence import report as coherence_report
+from glassgpt.lab.coherence.context_loss import WITHIN_BITS, WITHIN_SHARE, Point, Reach
+from glassgpt.lab.coherence.topics import Shares
 from glassgpt.lab.reference import documents
 from glassgpt.lab.text_measures import words
-from glassgpt.lab.topics import Shares
 from glassgpt.loading import load, pick_device
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
@@ -91,13 +92,13 @@ def coherence(config: Coherence) -> Result:
     resampled = (config.resamples, config.seed)
     rows, document = stretches(long, context + 1, config.windows, config.seed)
     given = with_start(rows, start, model)
-    with bar("loss by position") as progress:
+    with steps("loss by position") as progress:
         bits = context_loss.position_bits(model, given, max(1, config.batch_tokens // context), progress)[:, len(start) :]
     positions = context_loss.by_position(bits, document, *resampled)
 
     rows, document = stretches(long, context + 1, config.targets, config.seed + 1)
     sizes = context_loss.lengths(context)
-    with bar("loss with the context cut") as progress:
+    with steps("loss with the context cut") as progress:
         bits = context_loss.cut_bits(model, with_start(rows, [], model), sizes, config.batch_tokens, start, progress)
     result = Result(
         to_plain(config),
@@ -185,7 +186,7 @@ def continued(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], co
     generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + row) for row in range(len(prompts))]
     written: list[list[int]] = [[] for _ in prompts]
     sampling, total = Sampling(config.temperature), len(prompts) * config.new_tokens
-    with bar("texts") as progress:
+    with steps("texts") as progress:
         tokens = stream(model, prompts, sampling, generators, config.new_tokens, n_ids=tokenizer.vocab_size)
         for done, token in enumerate(tokens, 1):
             written[token.row].append(token.id)

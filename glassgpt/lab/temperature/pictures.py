@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glassgpt import charts
-from glassgpt.lab.temperature_cells import COLUMNS, MEASURES, Cell, Result, shown
+from glassgpt.lab.temperature.cells import COLUMNS, MEASURES, Cell, Result, shown
 
 CURVES, MAPS = "temperature-curves", "temperature-maps"
 INK, BAND = "#2b2f36", "#8fbf9f"

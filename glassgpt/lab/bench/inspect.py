@@ -30,8 +30,8 @@ from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.html import page
 from glassgpt.interpret.patching import logit_difference, patch_sweep
 from glassgpt.interpret.report import collect
-from glassgpt.lab.bench import hf_peer
-from glassgpt.lab.bench_train import answer
+from glassgpt.lab.bench.generate import hf_peer
+from glassgpt.lab.bench.train import answer
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 from glassgpt.train import machine

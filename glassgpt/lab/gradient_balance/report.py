@@ -10,9 +10,9 @@ from rich.table import Table
 
 from glassgpt import charts
 from glassgpt.config.gradient_balance import weight_of
-from glassgpt.lab.gradient_balance_compare import RESULT_FILE, Point, Result, findings, with_quarters
-from glassgpt.lab.gradient_split import WHOLE
-from glassgpt.lab.ladder_compare import BETTER, UNDECIDED, WORSE, Estimate, signed
+from glassgpt.lab.gradient_balance.compare import RESULT_FILE, Point, Result, findings, with_quarters
+from glassgpt.lab.gradient_balance.split import WHOLE
+from glassgpt.lab.ladder.compare import BETTER, UNDECIDED, WORSE, Estimate, signed
 
 NAME = "gradient-balance"
 WIDTH = 100

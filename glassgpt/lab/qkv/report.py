@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from glassgpt import charts
-from glassgpt.lab.bench_train import NOISY
-from glassgpt.lab.ladder_compare import signed
-from glassgpt.lab.qkv_speed import BASE, Timing
+from glassgpt.lab.bench.train import NOISY
+from glassgpt.lab.ladder.compare import signed
+from glassgpt.lab.qkv.speed import BASE, Timing
 
 if TYPE_CHECKING:
-    from glassgpt.lab.qkv import Result
+    from glassgpt.lab.qkv.qkv import Result
 
 NAME = "qkv"
 WIDTH = 100

@@ -14,8 +14,8 @@ from glassgpt.config import ModelConfig, OptimConfig, UserError
 from glassgpt.config.alignment import Alignment
 from glassgpt.config.files import complete_folder
 from glassgpt.config.tuning import RecordsConfig, Sft
-from glassgpt.lab import arithmetic
-from glassgpt.lab.arithmetic import Problem, Shares
+from glassgpt.lab.alignment import arithmetic
+from glassgpt.lab.alignment.arithmetic import Problem, Shares
 from glassgpt.loading import load, pick_device
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer, chat

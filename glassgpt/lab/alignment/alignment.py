@@ -26,9 +26,12 @@ from glassgpt.config import OptimConfig, UserError
 from glassgpt.config.alignment import Alignment
 from glassgpt.config.files import CONFIG_FILE, to_plain
 from glassgpt.config.tuning import Dpo, Grpo, Ppo, RecordsConfig, Tuning
-from glassgpt.lab import alignment_report, alignment_start, arithmetic, series
-from glassgpt.lab.alignment_measure import Judge, Point
-from glassgpt.lab.alignment_start import ANSWER_TOKENS, FRESH, HELD_OUT, PROMPTS, pairs_file
+from glassgpt.lab import series
+from glassgpt.lab.alignment import arithmetic
+from glassgpt.lab.alignment import report as alignment_report
+from glassgpt.lab.alignment import start as alignment_start
+from glassgpt.lab.alignment.measure import Judge, Point
+from glassgpt.lab.alignment.start import ANSWER_TOKENS, FRESH, HELD_OUT, PROMPTS, pairs_file
 from glassgpt.loading import complete_checkpoints, pick_device
 from glassgpt.train.run import read_log
 from glassgpt.tuning.dpo import dpo

@@ -4,7 +4,7 @@
 number of its own here: which is longer, which of the two the gradient comes from, and what the mask changes.
 
     lengths         tokens of Q and A, in the loss, over all training examples
-    gradients       of the same batches before and along each mode's first run; lab/gradient_split.py says how
+    gradients       of the same batches before and along each mode's first run; lab/gradient_balance/split.py says how
     what it does    held-out losses of the responses and of the instructions after equal steps from the same weights, on the same
                     batches, one run a seed; differences are paired by seed, with the t interval of the differences
 """
@@ -25,10 +25,11 @@ from glassgpt.config import OptimConfig, UserError
 from glassgpt.config.gradient_balance import GradientBalance, weight_of
 from glassgpt.config.tuning import RecordsConfig, Sft
 from glassgpt.data import records as reading
-from glassgpt.lab import gradient_balance_report, series
-from glassgpt.lab.gradient_balance_compare import RESULT_FILE, Part, Point, Result
-from glassgpt.lab.gradient_split import KINDS, Marked, Split, batch, losses, mark, split
-from glassgpt.lab.ladder_compare import t_quantile
+from glassgpt.lab import series
+from glassgpt.lab.gradient_balance import report as gradient_balance_report
+from glassgpt.lab.gradient_balance.compare import RESULT_FILE, Part, Point, Result
+from glassgpt.lab.gradient_balance.split import KINDS, Marked, Split, batch, losses, mark, split
+from glassgpt.lab.ladder.compare import t_quantile
 from glassgpt.loading import load, pick_device
 from glassgpt.model import GPT, use_attention
 from glassgpt.text import chat

@@ -10,7 +10,7 @@ from typing import Any
 
 from glassgpt.config.files import to_plain
 from glassgpt.config.gradient_balance import GradientBalance, weight_of
-from glassgpt.lab.gradient_split import (
+from glassgpt.lab.gradient_balance.split import (
     END,
     INSTRUCTION,
     KINDS,
@@ -24,7 +24,7 @@ from glassgpt.lab.gradient_split import (
     kind_figures,
     spread,
 )
-from glassgpt.lab.ladder_compare import BETTER, UNDECIDED, WORSE, Estimate, estimate, signed, verdict
+from glassgpt.lab.ladder.compare import BETTER, UNDECIDED, WORSE, Estimate, estimate, signed, verdict
 
 RESULT_FILE = "results.json"
 MEASURED = {"response": (RESPONSE, END), "instruction": (INSTRUCTION,), "template": (TEMPLATE,)}

@@ -12,7 +12,7 @@ from rich.table import Table
 from glassgpt import charts
 
 if TYPE_CHECKING:
-    from glassgpt.lab.alignment import Result, Run
+    from glassgpt.lab.alignment.alignment import Result, Run
 
 NAME = "alignment"
 METHODS = {"PPO": "#2f5d9b", "DPO": "#2e8b57", "GRPO": "#b8722c"}

@@ -25,10 +25,11 @@ from glassgpt import data
 from glassgpt.config import OptimConfig, UserError, preset
 from glassgpt.config.files import to_plain
 from glassgpt.config.qkv import Qkv
-from glassgpt.lab import qkv_report
-from glassgpt.lab.ladder_compare import Estimate, estimate, t_quantile
-from glassgpt.lab.progress import Progress, bar
-from glassgpt.lab.qkv_speed import (
+from glassgpt.data.progress import Progress, steps
+from glassgpt.lab.ladder.compare import Estimate, estimate, t_quantile
+from glassgpt.lab.qkv import report as qkv_report
+from glassgpt.lab.qkv.separate import parameters
+from glassgpt.lab.qkv.speed import (
     BASE,
     DECODED,
     VARIANTS,
@@ -42,7 +43,6 @@ from glassgpt.lab.qkv_speed import (
     take_turns,
     train_run,
 )
-from glassgpt.lab.separate import parameters
 from glassgpt.loading import pick_device
 from glassgpt.model import GPT, use_attention
 from glassgpt.text import Tokenizer
@@ -114,7 +114,7 @@ def qkv(config: Qkv) -> Result:
     machine.keep_freed_memory()
     text = read(config) if config.steps else None
     timings = time_all(config, device)
-    with bar("memory") as progress:
+    with steps("memory") as progress:
         peaks = {}
         for done, variant in enumerate(VARIANTS, 1):
             peaks[variant] = memory(config, variant)
@@ -143,7 +143,7 @@ def time_all(config: Qkv, device: torch.device) -> list[Timing]:
     }
     found = []
     for what, runs in works.items():
-        with bar(what) as progress:
+        with steps(what) as progress:
             found += take_turns(what, runs, config, device, progress)
     return found
 
@@ -197,7 +197,7 @@ def train_all(config: Qkv, text: Tokens, device: torch.device) -> list[Trained]:
     wanted += [(variant, config.seed + n, SINGLE) for n in range(config.seeds) for variant in (BASE, UNTIED)]
     wanted += [(variant, config.seed, DOUBLE) for variant in (BASE, SEPARATE) if device.type != "mps"]
     found = []
-    with bar("trainings") as progress:
+    with steps("trainings") as progress:
         for number, (variant, seed, dtype) in enumerate(wanted):
             before, total = number * config.steps, len(wanted) * config.steps
             step = lambda done, _: progress(before + done, total)  # noqa: B023, E731

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from glassgpt.lab import arithmetic
-from glassgpt.lab.alignment_start import answer, prompt_ids, seeds_from, texts_of
-from glassgpt.lab.arithmetic import Problem
+from glassgpt.lab.alignment import arithmetic
+from glassgpt.lab.alignment.arithmetic import Problem
+from glassgpt.lab.alignment.start import answer, prompt_ids, seeds_from, texts_of
 from glassgpt.loading import load
 from glassgpt.tuning import rollout
 

@@ -18,14 +18,16 @@ from glassgpt.config import UserError
 from glassgpt.config.files import to_plain
 from glassgpt.config.generate import Sampling
 from glassgpt.config.temperature import Temperature
+from glassgpt.data.progress import tracked
 from glassgpt.generation import complete
+from glassgpt.interpret.next_token import logits_of
 from glassgpt.lab import reference as real_text
-from glassgpt.lab import temperature_pictures, temperature_report
-from glassgpt.lab.ngram import Ngram
-from glassgpt.lab.progress import tracked
 from glassgpt.lab.reference import Reference
-from glassgpt.lab.temperature import logits_of, measured
-from glassgpt.lab.temperature_cells import Cell, Result, Written, limits_of, measures_of
+from glassgpt.lab.temperature import pictures as temperature_pictures
+from glassgpt.lab.temperature import report as temperature_report
+from glassgpt.lab.temperature.cells import Cell, Result, Written, limits_of, measures_of
+from glassgpt.lab.temperature.ngram import Ngram
+from glassgpt.lab.temperature.sample import measured
 from glassgpt.loading import load, pick_device
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer

@@ -11,7 +11,7 @@ What is measured how:
 
     bits per byte       of the whole held-out text after the last step; 95 % t interval over seeds
     difference          paired by seed, with the t interval of the differences; one that holds 0 is "not distinguishable"
-    tokens/s, memory    on new models of each rung's shape, which take turns before the first run (lab/ladder_speed.py): a moment
+    tokens/s, memory    on new models of each rung's shape, which take turns before the first run (lab/ladder/speed.py): a moment
                         of other load meets all of them. The runs' own seconds are reported beside them
     the kernel          `pretrain` always trains with the fastest kernel. A rung whose attention is written out is timed so, and
                         its losses come from runs with the fast one; how far the two differ is measured over five steps.
@@ -33,9 +33,10 @@ from rich.console import Console
 from glassgpt.config import DataConfig, Pretrain, UserError
 from glassgpt.config.ladder import Ladder, Rung, climb
 from glassgpt.data import Corpus
-from glassgpt.lab import ladder_report, series
-from glassgpt.lab.ladder_compare import Result, Trained, compare, step_flops, t_quantile
-from glassgpt.lab.ladder_speed import Cost, measure
+from glassgpt.lab import series
+from glassgpt.lab.ladder import report as ladder_report
+from glassgpt.lab.ladder.compare import Result, Trained, compare, step_flops, t_quantile
+from glassgpt.lab.ladder.speed import Cost, measure
 from glassgpt.loading import pick_device
 from glassgpt.train.pretrain import prepare
 from glassgpt.train.run import read_log

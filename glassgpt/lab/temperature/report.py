@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from glassgpt.lab.temperature_cells import COLUMNS, RARE, WINDOW_TOKENS, Result, shown
-from glassgpt.lab.temperature_pictures import CURVES, MAPS
+from glassgpt.lab.temperature.cells import COLUMNS, RARE, WINDOW_TOKENS, Result, shown
+from glassgpt.lab.temperature.pictures import CURVES, MAPS
 
 WIDTH = 120
 """Of the table, in columns."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch import Tensor
 
 from glassgpt import charts
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import Completion, complete, distribution
+from glassgpt.interpret.next_token import logits_of, next_tokens
 from glassgpt.lab.text_measures import repeated_share
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
@@ -54,29 +54,20 @@ def measured(
     return surprise.tolist(), (torch.special.entr(drawn_from).sum(-1) / math.log(2)).tolist()
 
 
-@torch.inference_mode()
-def logits_of(model: GPT, ids: Sequence[int]) -> Tensor:
-    """Logits (T, V) at every position of one text."""
-    device = next(model.parameters()).device
-    logits: Tensor = model(torch.tensor([list(ids)], device=device))[0]
-    return logits.float()
-
-
-def next_tokens(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, count: int) -> list[tuple[str, float]]:
+def likeliest(model: GPT, tokenizer: Tokenizer, prompt: str, temperature: float, count: int) -> list[tuple[str, float]]:
     """The `count` likeliest next tokens, in the model's own order, and their probabilities at a temperature."""
-    logits = logits_of(model, tokenizer.encode(prompt))[-1:, : tokenizer.vocab_size]  # (1, V)
-    ids = logits[0].topk(count).indices  # not of the probabilities: cold ones round to ties at 0
-    values = distribution(logits, Sampling(temperature=temperature))[0][ids]
-    return [(tokenizer.decode([token_id]), p) for token_id, p in zip(ids.tolist(), values.tolist(), strict=True)]
+    logits = logits_of(model, tokenizer.encode_start(prompt))[-1, : tokenizer.vocab_size]  # (V,)
+    found = next_tokens(logits, Sampling(temperature=temperature), count)
+    return [(tokenizer.decode([token.id]), token.probability) for token in found]
 
 
 def chart(model: GPT, tokenizer: Tokenizer, prompt: str, temperatures: Sequence[float], path: Path, count: int = 12) -> None:
     """Draw the next-token distribution at each temperature side by side; `path` may end in .svg or .png."""
     # the same tokens in every panel, in the model's own order: temperature changes heights, never the order
-    tokens = [token for token, _ in next_tokens(model, tokenizer, prompt, 1.0, count)]
+    tokens = [token for token, _ in likeliest(model, tokenizer, prompt, 1.0, count)]
     figure, panels = charts.figure(len(temperatures), (4 * len(temperatures), 4.2))
     for axes, temperature in zip(panels, temperatures, strict=True):
-        heights = [p for _, p in next_tokens(model, tokenizer, prompt, temperature, count)]
+        heights = [p for _, p in likeliest(model, tokenizer, prompt, temperature, count)]
         axes.barh(range(count), heights, color="#2f5d9b")
         axes.set_yticks(range(count), [repr(token) for token in tokens])
         axes.set(title=f"temperature {temperature:g}", xlim=(0, 1), xlabel="probability")

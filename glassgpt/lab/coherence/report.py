@@ -11,11 +11,11 @@ from rich.table import Table
 
 from glassgpt import charts
 from glassgpt.lab.bootstrap import Interval
-from glassgpt.lab.context_loss import WITHIN_BITS, WITHIN_SHARE, Point, Reach
-from glassgpt.lab.topics import COMMON_WORDS, LEAST_LETTERS, Shares
+from glassgpt.lab.coherence.context_loss import WITHIN_BITS, WITHIN_SHARE, Point, Reach
+from glassgpt.lab.coherence.topics import COMMON_WORDS, LEAST_LETTERS, Shares
 
 if TYPE_CHECKING:
-    from glassgpt.lab.coherence import Result
+    from glassgpt.lab.coherence.coherence import Result
 
 NAME = "coherence"
 WIDTH = 100

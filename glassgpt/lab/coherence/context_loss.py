@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glassgpt.data.progress import Progress
 from glassgpt.lab.bootstrap import Interval, intervals, means, weights
-from glassgpt.lab.progress import Progress
 from glassgpt.model import GPT
 
 WITHIN_SHARE, WITHIN_BITS = 0.01, 0.01

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from glassgpt import charts
-from glassgpt.lab.ladder_compare import BETTER, COUNTING, UNDECIDED, WORSE, Estimate, Result, Row, findings, signed
+from glassgpt.lab.ladder.compare import BETTER, COUNTING, UNDECIDED, WORSE, Estimate, Result, Row, findings, signed
 
 NAME = "ladder"
 INK = "#2b2f36"

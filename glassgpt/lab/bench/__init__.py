@@ -1,0 +1,1 @@
+"""`glassgpt bench`: speed and memory beside peers, in one run, as ratios."""

@@ -1,0 +1,1 @@
+"""`glassgpt lab coherence`: how far back a model looks."""

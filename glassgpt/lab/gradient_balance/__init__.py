@@ -1,0 +1,1 @@
+"""`glassgpt lab gradient-balance`: how much of a gradient comes from responses."""

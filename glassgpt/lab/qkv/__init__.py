@@ -1,0 +1,1 @@
+"""`glassgpt lab qkv`: fused against separate projections, tied against untied heads."""
