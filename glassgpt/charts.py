@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 PICTURES = (".svg", ".png")
+MOST_LABELS = 64
+"""On one axis."""
 
 
 def figure(panels: int = 1, size: tuple[float, float] = (8, 4.5), share_y: bool = True) -> tuple[Any, Any]:
@@ -18,10 +21,14 @@ def figure(panels: int = 1, size: tuple[float, float] = (8, 4.5), share_y: bool 
 
 
 def save(drawn: Any, *paths: Path) -> list[Path]:
-    """Write a figure to every path, by its suffix. Characters that the font has not are written as their number, U+1F42E."""
+    """Write a figure to every path, by its suffix. Characters that the font has not are written as their number, U+1F42E, and
+    none as mathematics."""
+    from matplotlib import rc_context
+
     _make_drawable(drawn)
-    for path in paths:
-        drawn.savefig(path, dpi=120)
+    with rc_context({"text.parse_math": False}):  # of ticks, which are made while drawing
+        for path in paths:
+            drawn.savefig(path, dpi=120)
     return list(paths)
 
 
@@ -30,16 +37,19 @@ def save_both(drawn: Any, folder: Path, name: str) -> list[Path]:
     return save(drawn, *(folder / f"{name}{suffix}" for suffix in PICTURES))
 
 
+def label_axis(axis: Any, labels: Sequence[str], most: int = MOST_LABELS, **how: Any) -> None:
+    """Ticks 0, 1, 2 ... with these labels, or as many of them as there is room for. Ticks are drawn late, so `save` cannot mend
+    their characters: here they are."""
+    shown = range(0, len(labels), -(-len(labels) // most) or 1)
+    axis.set_ticks(shown, [drawable(labels[place]) for place in shown], **how)
+
+
 def _make_drawable(drawn: Any) -> None:
     from matplotlib.text import Text
-    from matplotlib.ticker import FixedFormatter
 
-    for axes in drawn.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            if isinstance(formatter := axis.get_major_formatter(), FixedFormatter):
-                formatter.seq = [drawable(label) for label in formatter.seq]
     for text in drawn.findobj(Text):
         text.set_text(drawable(text.get_text()))
+        text.set_parse_math(False)
 
 
 def drawable(text: str) -> str:

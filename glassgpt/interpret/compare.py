@@ -66,20 +66,21 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare(a: GPT, b: GPT, ids: Tensor, k: int = 5) -> Comparison:
+def compare(a: GPT, b: GPT, ids: Tensor, k: int = 5, n_ids: int | None = None) -> Comparison:
     """Both models on one text, ids (T,). Holds both models' attention patterns, 8 L H T² bytes in float32.
 
+    Only the first `n_ids` of the vocabulary count (all if not given): some models have more rows than their tokenizer tokens.
     Raises UserError when their vocabularies have different sizes (`check_tokenizers` compares what the ids stand for), for an
     empty text, for one longer than a context, and for a `k` below 1.
     """
-    if a.config.vocab_size != b.config.vocab_size:
+    if n_ids is None and a.config.vocab_size != b.config.vocab_size:
         sizes = f"{a.config.vocab_size:,} and {b.config.vocab_size:,}"
         raise UserError(f"models can be compared on the same ids only; they have {sizes} of them. Take two with one tokenizer")
     if len(ids) == 0 or k < 1:
         raise UserError(f"comparing needs a text of at least one token, and k of at least 1; got {len(ids)} tokens and k = {k}")
     residuals_a, patterns_a, logits_a = _run(a, ids)
     residuals_b, patterns_b, logits_b = _run(b, ids)
-    log_a, log_b = exact(logits_a).log_softmax(-1), exact(logits_b).log_softmax(-1)  # (T, V)
+    log_a, log_b = (exact(logits)[:, :n_ids].log_softmax(-1) for logits in (logits_a, logits_b))  # (T, V)
     residuals_match = residuals_a.shape == residuals_b.shape
     return Comparison(
         kl_bits=kl_bits(*_alike(log_a, log_b)),

@@ -51,6 +51,8 @@ class HeadScore:
     induction: float
     """Attention of the second half to the token that came after the same token in the first half."""
     induction_control: float
+    entropy_bits_control: float
+    distance_tokens_control: float
 
 
 def head_scores(
@@ -61,7 +63,7 @@ def head_scores(
     Probe: `tokens` different random ids, repeated once, in each of `rows` sequences; `bos` stands before them if it is given, and
     is not drawn. Control: the same first half, followed by `tokens` other ids, so that nothing occurs twice. A score is the mean
     of the attention from certain queries to certain keys; the control is the mean over the same places. All come from the
-    first `n_ids` ids (the whole vocabulary if not given) and follow from `seed` alone. Entropy and distance are of the probe.
+    first `n_ids` ids (the whole vocabulary if not given) and follow from `seed` alone.
 
     Raises UserError when vocabulary or context have no room for the probe; `longest_probe` says how much they have.
     """
@@ -69,12 +71,9 @@ def head_scores(
     start = int(bos is not None)
     found = []
     for layer, (repeated, different) in enumerate(zip(_patterns(model, probe), _patterns(model, control), strict=True)):
-        columns = [pattern_entropy(repeated), pattern_distance(repeated)]
-        for pattern in (repeated, different):
-            columns += [previous_score(pattern), duplicate_score(pattern, tokens, start), induction_score(pattern, tokens, start)]
-        table = torch.stack(columns).mean(dim=1).T.tolist()  # (H, 8)
-        for head, (bits, back, p, d, i, p_control, d_control, i_control) in enumerate(table):
-            found.append(HeadScore(layer, head, bits, back, p, p_control, d, d_control, i, i_control))
+        scores, controls = (_measures(pattern, tokens, start) for pattern in (repeated, different))
+        for head, (score, beside) in enumerate(zip(scores, controls, strict=True)):
+            found.append(HeadScore(layer, head, **score, **{f"{name}_control": value for name, value in beside.items()}))
     return found
 
 
@@ -87,6 +86,19 @@ def usual_scores(model: GPT, tokenizer: Tokenizer, seed: int = 0) -> list[HeadSc
     n_ids = min(tokenizer.vocab_size, model.config.vocab_size)
     tokens = max(LEAST_TOKENS, min(USUAL_TOKENS, longest_probe(model, bos, n_ids)))
     return head_scores(model, tokens=tokens, seed=seed, bos=bos, n_ids=n_ids)
+
+
+def _measures(pattern: Tensor, tokens: int, start: int) -> list[dict[str, float]]:
+    """Every measure of a pattern (B, H, T, T), the mean over its rows, head by head."""
+    columns = {
+        "entropy_bits": pattern_entropy(pattern),
+        "distance_tokens": pattern_distance(pattern),
+        "previous": previous_score(pattern),
+        "duplicate": duplicate_score(pattern, tokens, start),
+        "induction": induction_score(pattern, tokens, start),
+    }  # each (B, H)
+    table = torch.stack(list(columns.values())).mean(dim=1).T.tolist()  # (H, 5)
+    return [dict(zip(columns, row, strict=True)) for row in table]
 
 
 def head_class(score: HeadScore) -> str:

@@ -163,5 +163,5 @@ def plain_model(model: nn.Module) -> None:
 
 def _is_odd(module: nn.Module) -> bool:
     kinds = {kind.__name__ for kind in type(module).__mro__}
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    compiled = getattr(module, "_compiled_call_impl", None) is not None or "forward" in vars(module)
     return compiled or bool(kinds & {"OptimizedModule", "DistributedDataParallel", "FSDPModule", "CheckpointWrapper"})

@@ -58,9 +58,10 @@ def logit_lens(model: GPT, residual: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def lens(model: GPT, ids: Tensor, k: int = 5, tuned: TunedLens | None = None) -> Lens:
+def lens(model: GPT, ids: Tensor, k: int = 5, tuned: TunedLens | None = None, n_ids: int | None = None) -> Lens:
     """The lens on every layer and token of a text, ids (T,). One row of logits is held at a time, besides the output's.
 
+    Only the first `n_ids` of the vocabulary count (all if not given): some models have more rows than their tokenizer tokens.
     Raises UserError for an empty or too long text, for a `k` below 1 and for a tuned lens that was trained on another model.
     """
     if len(ids) == 0 or k < 1:
@@ -68,10 +69,10 @@ def lens(model: GPT, ids: Tensor, k: int = 5, tuned: TunedLens | None = None) ->
     if tuned is not None:
         tuned.check(model)
     residuals, logits = residual_stream(model, ids[None])
-    output = exact(logits)[0].log_softmax(-1)  # (T, V)
+    output = exact(logits)[0, :, :n_ids].log_softmax(-1)  # (T, V)
     mapped = residuals if tuned is None else [tuned(row, residual) for row, residual in enumerate(residuals)]
     layers = (logit_lens(model, residual) for residual in mapped[:-1])  # (1, T, V), when its turn comes
-    rows = [_row(exact(layer)[0], output, ids, k) for layer in itertools.chain(layers, [logits])]
+    rows = [_row(exact(layer)[0, :, :n_ids], output, ids, k) for layer in itertools.chain(layers, [logits])]
     return Lens(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 

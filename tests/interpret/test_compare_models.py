@@ -187,3 +187,15 @@ def test_one_token() -> None:
     a = noisy(shape())
     found = compare(a, a, torch.zeros(1, dtype=torch.long), k=99)
     assert found.a.ids.shape == (1, 31) and found.a.surprises == [None] and found.kl_bits.tolist() == [0]
+
+
+def test_rows_of_the_vocabulary_without_a_token_do_not_count() -> None:
+    """One tokenizer, one model with more rows than tokens and one without: the same network says the same."""
+    padded, ids = noisy(shape(tied_head=False)), tokens(shape(vocab_size=20), 1)[0]
+    exactly = GPT(shape(tied_head=False, vocab_size=20)).double().eval()
+    parameters = padded.state_dict()
+    parameters |= {name: parameters[name][:20] for name in ("head.weight", "token_embedding.weight")}
+    exactly.load_state_dict(parameters)
+    found = compare(padded, exactly, ids, n_ids=20)
+    assert float(found.kl_bits.abs().max()) < EXACT
+    assert error(found.a.probabilities, found.b.probabilities) < EXACT

@@ -379,7 +379,7 @@ def test_a_head_that_looks_for_its_own_token() -> None:
     assert head_class(score) == "duplicate-token"  # though a half is all that it can have
 
 
-NOTHING = HeadScore(0, 0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
+NOTHING = HeadScore(0, 0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(

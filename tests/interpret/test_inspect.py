@@ -12,6 +12,7 @@ import torch
 from tiny import Run, caller
 
 import glassgpt
+from glassgpt import charts
 from glassgpt.charts import drawable
 from glassgpt.interpret.attribution import attribute
 
@@ -21,6 +22,10 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "summary": (),
     "attention": ("--attention", "all"),
     "one head": ("--attention", "3.2"),
+    "scores": ("--attention", "0.1", "--stage", "scores"),
+    "masked": ("--attention", "0.1", "--stage", "masked"),
+    "weighted": ("--attention", "5.4", "--stage", "weighted"),
+    "rollout": ("--attention", "rollout"),
     "heads": ("--heads",),
     "lens": ("--lens",),
     "why": ("--why", "--answer", " Mary", "--against", " Tom"),
@@ -40,10 +45,19 @@ def numbers(inspect: Run) -> Any:
     def call(*arguments: object) -> dict[str, Any]:
         result = inspect(*arguments, "--json")
         assert result.code == 0, result.err  # long work may tell how far it is
-        found: dict[str, Any] = json.loads(result.out)
-        return found
+        return strict(result.out)
 
     return call
+
+
+def strict(text: str) -> dict[str, Any]:
+    """JSON without the numbers that JSON has not."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    found: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    return found
 
 
 # ---------------------------------------------------------------------- every view
@@ -59,7 +73,7 @@ def test_every_view_shows_draws_and_tells(inspect: Run, tmp_path: Path, flags: t
     assert (tmp_path / "view.svg").read_text(encoding="utf-8").startswith("<?xml")
     told = inspect("storyteller", "--prompt", PROMPT, *flags, "--json")
     assert told.code == 0 and told.err == ""
-    assert json.loads(told.out)["model"] == "storyteller"
+    assert strict(told.out)["model"] == "storyteller"
 
 
 @pytest.mark.parametrize("flags", VIEWS.values(), ids=VIEWS)
@@ -88,6 +102,43 @@ def test_the_summary_says_what_the_model_says(numbers: Any) -> None:
     assert (found["strongest_heads"][0]["layer"], found["strongest_heads"][0]["head"]) == (strongest.layer, strongest.index)
 
 
+def test_attention_is_the_models(numbers: Any) -> None:
+    model, tokenizer = glassgpt.load("storyteller")
+    ids = torch.tensor([tokenizer.encode(PROMPT)])
+    with glassgpt.capture(model, "blocks.3.attn.*") as seen, torch.no_grad():
+        model(ids)
+    pattern = seen["blocks.3.attn.pattern"][0, 2]
+    head = numbers("storyteller", "--prompt", PROMPT, "--attention", "3.2")
+    assert torch.allclose(torch.tensor(head["pattern"]), pattern, atol=1e-6)
+    assert head["place"] == int(pattern[-1].argmax()) and head["weight"] == pytest.approx(float(pattern[-1].max()), abs=1e-6)
+    assert head["last_looks_at"] == head["tokens"][head["place"]]
+    scores = numbers("storyteller", "--prompt", PROMPT, "--attention", "3.2", "--stage", "scores")["scores"]
+    assert torch.allclose(torch.tensor(scores), seen["blocks.3.attn.scores"][0, 2], atol=1e-5)
+    masked = numbers("storyteller", "--prompt", PROMPT, "--attention", "3.2", "--stage", "masked")["masked"]
+    assert masked[0][1] is None and masked[1][:2] == pytest.approx(scores[1][:2], abs=1e-6)
+    rolled = torch.tensor(numbers("storyteller", "--prompt", PROMPT, "--attention", "rollout")["rollout"])
+    assert torch.allclose(rolled.sum(-1), torch.ones(len(rolled)), atol=1e-5)
+
+
+def test_what_was_expected_is_what_the_token_before_foretold(numbers: Any) -> None:
+    model, tokenizer = glassgpt.load("storyteller")
+    best = model(torch.tensor([tokenizer.encode(PROMPT)]))[0].argmax(-1).tolist()
+    expected = [token["expected"] for token in numbers("storyteller", "--prompt", PROMPT)["tokens"]]
+    assert expected[0] is None
+    assert [text.replace("·", " ") for text in expected[1:]] == [tokenizer.decode([i]) for i in best[:-1]]
+
+
+def test_the_next_token_is_drawn_from_what_is_listed(numbers: Any) -> None:
+    """Also with penalties: entropy and the number of tokens that can be drawn are those of the listed probabilities."""
+    flags = ("--next", "--top", "8192", "--top-p", "0.7", "--temperature", "0.8", "--repetition-penalty", "5")
+    found = numbers("storyteller", "--prompt", "Lily Lily Lily and", *flags)
+    p = torch.tensor([token["probability"] for token in found["tokens"]], dtype=torch.float64)
+    assert len(p) == found["vocabulary"] and float(p.sum()) == pytest.approx(1, abs=1e-6)
+    assert found["can_be_drawn"] == int((p > 0).sum()) < 8192
+    assert found["entropy_bits_drawn"] == pytest.approx(float(torch.special.entr(p).sum()) / 0.6931472, abs=1e-6)
+    assert found["entropy_bits"] > found["entropy_bits_drawn"]
+
+
 def test_the_parts_of_why_sum_to_the_logit(numbers: Any) -> None:
     found = numbers("storyteller", "--prompt", PROMPT, "--why", "--answer", " Mary", "--dtype", "float64")
     model, tokenizer = glassgpt.load("storyteller", dtype=torch.float64)
@@ -106,8 +157,8 @@ def test_the_induction_model_is_seen_for_what_it_is(numbers: Any, inspect: Run) 
 
 
 def test_patching(inspect: Run, numbers: Any, tmp_path: Path) -> None:
-    a, b = "Tom gave the ball to Lily. Lily said thank you to", "Tom gave the ball to Lily. Tom said thank you to"
-    flags = ("storyteller", "--patch", a, b, "--answer", " Tom", "--against", " Lily")
+    a, b = "The boy was named Tom. His mom said to", "The boy was named Sam. His mom said to"
+    flags = ("storyteller", "--patch", a, b, "--answer", " Tom", "--against", " Sam")
     found = numbers(*flags)
     share = torch.tensor(found["recovered"])
     assert share.shape == (7, len(found["columns"])) and found["rows"][-1] == "end"
@@ -115,9 +166,22 @@ def test_patching(inspect: Run, numbers: Any, tmp_path: Path) -> None:
     assert any("/" in column for column in found["columns"])
     before = next(place for place, column in enumerate(found["columns"]) if "/" in column)
     assert float(share[:, :before].abs().max()) < 1e-4  # nothing differs before the first difference
-    assert inspect(*flags, "--svg", tmp_path / "patch.svg").code == 0
+    assert found["clean_logit_difference"] > 1 > -1 > found["corrupted_logit_difference"]
+    shown = inspect(*flags, "--svg", tmp_path / "patch.svg")
+    assert shown.code == 0 and "…" not in shown.out  # every number is whole
+    assert re.search(r"·Tom/·Sam +100 ", shown.out) and re.search(r"·to +0 .* 100$", shown.out, re.MULTILINE)
     for what, columns in (("heads", 5), ("attn", len(found["columns"])), ("mlp", len(found["columns"]))):
         assert torch.tensor(numbers(*flags, "--patch-what", what)["recovered"]).shape == (6, columns)
+
+
+def test_columns_are_no_markup(inspect: Run) -> None:
+    result = inspect("storyteller", "--patch", "a[ b", "a] b", "--answer", " b", "--against", " a")
+    assert result.code == 0 and "[/]" in result.out
+
+
+def test_tracing_finds_the_part_in_a_vocabulary_of_words(numbers: Any) -> None:
+    found = numbers("induction", "--prompt", "Cat dog", "--trace", "Cat", "--answer", "dog", "--noise-samples", "2")
+    assert found["subject"] == [1] and found["tokens"][1].endswith("*")
 
 
 def test_comparing_a_model_with_itself_finds_nothing(inspect: Run, numbers: Any, tmp_path: Path) -> None:
@@ -125,6 +189,30 @@ def test_comparing_a_model_with_itself_finds_nothing(inspect: Run, numbers: Any,
     assert max(place["kl_bits"] for place in found["places"]) == 0
     result = inspect("--compare", "storyteller", "storyteller", "--prompt", PROMPT, "--png", tmp_path / "compare.png")
     assert result.code == 0 and (tmp_path / "compare.png").is_file()
+
+
+def test_two_models_in_one_view(inspect: Run, numbers: Any, tmp_path: Path) -> None:
+    flags = ("--compare", "storyteller", "storyteller", "--prompt", PROMPT, "--why", "--answer", " Mary")
+    both = numbers(*flags)
+    assert both["a"] == both["b"] == numbers("storyteller", *flags[3:])
+    result = inspect(*flags, "--png", tmp_path / "why.png")
+    assert result.code == 0 and "A: storyteller" in result.out and "B: storyteller" in result.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["why-a.png", "why-b.png"]
+
+
+def test_long_prompts_have_pictures_of_a_size(inspect: Run, tmp_path: Path) -> None:
+    for flags in (("--attention", "1.1"), ("--lens",)):
+        result = inspect("storyteller", "--prompt", "a b " * 150, *flags, "--png", tmp_path / "long.png")
+        assert result.code == 0, result.err
+        width, height = (int.from_bytes((tmp_path / "long.png").read_bytes()[at : at + 4], "big") for at in (16, 20))
+        assert max(width, height) < 4000
+
+
+def test_dollars_are_no_mathematics(tmp_path: Path) -> None:
+    figure, axes = charts.figure()
+    axes.set_xticks(range(3), ["$$", "$_$", r"$\foo$"])
+    axes.set_title("$a$ less $$")
+    assert charts.save(figure, tmp_path / "a.png", tmp_path / "a.svg")
 
 
 def test_lens_and_autoencoder_are_trained_once(inspect: Run, numbers: Any, tmp_path: Path) -> None:
@@ -138,6 +226,15 @@ def test_lens_and_autoencoder_are_trained_once(inspect: Run, numbers: Any, tmp_p
     assert first["activation"] == "blocks.1" and first["report"]["l0"] <= 32 and first["features"][0]["contexts"]
     again = numbers(*sae)
     assert [x["codes"] for x in again["features"]] == [x["codes"] for x in first["features"]] and again["report"] is None
+    for wrong, message in (
+        (("--sae-at", "blocks.0"), "was trained with --sae-at blocks.1, not blocks.0; name another folder"),
+        (("--sae-features", "128"), "was trained with --sae-features 64, not 128"),
+        (("--sae-kind", "l1"), "was trained with --sae-kind topk, not l1"),
+    ):
+        refused = inspect(*sae, *wrong)
+        assert refused.code == 2 and message in refused.err
+    refused = inspect("induction", "--prompt", "cat dog", "--sae", tmp_path / "sae")
+    assert refused.code == 2 and "this sparse autoencoder is for another model" in refused.err
     shown = inspect(*sae, "--png", tmp_path / "sae.png")
     assert shown.code == 0 and "--source TEXT adds" in shown.out and (tmp_path / "sae.png").is_file()
 
@@ -167,19 +264,34 @@ def test_characters_without_a_shape_are_written_as_numbers() -> None:
         (("--prompt", "a", "--lens", "--why"), "one view at a time; got --lens and --why"),
         (("--prompt", "a", "--html", "x.html", "--lens"), "--html writes every view"),
         (("--prompt", "a", "--html", "/nowhere/x.html"), "the folder /nowhere does not exist"),
-        (("--prompt", "a", "--attention", "9.1"), "--attention takes LAYER.HEAD, here from 0.0 to 5.4, or all; got '9.1'"),
+        (
+            ("--prompt", "a", "--attention", "9.1"),
+            "LAYER.HEAD, here from 0.0 to 5.4, all or rollout; got '9.1'",
+        ),
         (("--prompt", "a", "--attention", "x"), "--attention takes LAYER.HEAD"),
         (("--prompt", "a", "--why", "--position", "5"), "--position 5 is outside the prompt, which has 1 tokens (0 to 0)"),
         (("--prompt", "a", "--why", "--answer", "Rumpelstiltskin"), "--answer 'Rumpelstiltskin' must be one token"),
         (("--prompt", "a", "--why", "--answer", ""), "--answer '' must be one token of this vocabulary; it is 0: nothing"),
-        (("--prompt", "a", "--lens", "--against", " b"), "--against is for --why and --patch; got it with --lens"),
+        (("--prompt", "a", "--lens", "--against", " b"), "--against is for the summary, --html, --why, --patch; --lens does not"),
+        (("--prompt", "a", "--html", "x.html", "--png", "y.png"), "--png is for the summary"),
+        (("--prompt", "a", "--tree", "--position", "0"), "--position is for --why, --next; --tree does not use it"),
+        (("--prompt", "a", "--lens", "--temperature", "2"), "how to sample is for the summary, --next, --tree; --lens does not"),
+        (
+            ("--prompt", "a", "--next", "--presence-penalty", "1"),
+            "penalties count tokens that were written",
+        ),
+        (("--prompt", "a", "--lens", "--steps", "3"), "say where it is to be with --tuned-lens FOLDER"),
+        (("--prompt", "a", "--attention", "all", "--stage", "scores"), "--stage scores is of one head"),
+        (("--prompt", "a", "--lens", "--png", "/tmp"), "/tmp is a folder; give the name of a file in it"),
+        (("--prompt", "a", "--lens", "--png", "a.svg"), "--png writes .png files; got a.svg"),
+        (("--patch", "", "", "--answer", " a", "--against", " b"), "--patch needs two prompts, and one is empty"),
         (("--patch", "a b", "a"), "--patch needs two next tokens to tell apart"),
         (("--patch", "a b", "a", "--answer", " a", "--against", " b"), "the same number of tokens; got 2: a|·b; 1: a"),
         (("--prompt", "a", "--trace", "a"), "--trace needs --answer"),
         (("--prompt", "a", "--trace", "zebra", "--answer", " b"), "--trace 'zebra' is not a part of the prompt"),
         (("--prompt", "a", "--sae", "/nowhere/sae"), "--sae /nowhere/sae: nothing there yet; to train it, give --source TEXT"),
         (("--prompt", "a", "--lens", "--tuned-lens", "/nowhere/lens"), "--tuned-lens /nowhere/lens: nothing there yet"),
-        (("--prompt", "a", "--tuned-lens", "x"), "--tuned-lens is for the view --lens; add --lens"),
+        (("--prompt", "a", "--tuned-lens", "x"), "--tuned-lens is for --lens; the summary does not use it"),
         (("--prompt", "a", "--top", "0"), "top must be at least 1; got 0"),
         (("--prompt", "a", "--next", "--top-p", "0"), "top_p must be above 0"),
         (("--prompt", "a", "--tree", "--width", "100"), "a tree of width 100 and depth 3"),

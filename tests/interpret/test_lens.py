@@ -285,3 +285,17 @@ def test_hooks_are_gone_afterwards(model: GPT) -> None:
     with capture(model, "embed") as seen:
         lens(model, tokens(model.config, 1)[0])
     assert seen["embed"].shape == (1, 24, 16)
+
+
+def test_rows_of_the_vocabulary_without_a_token_do_not_count() -> None:
+    """Some models have more rows than their tokenizer tokens: what is left is as if the others were not there."""
+    model, ids = noisy(shape(tied_head=False)), tokens(shape(vocab_size=20), 1)[0]
+    model.requires_grad_(False)
+    found = lens(model, ids, 20, n_ids=20)
+    residuals, _ = residual_stream(model, ids[None])
+    for row, residual in enumerate(residuals):
+        p = logit_lens(model, residual)[0, :, :20].softmax(-1)
+        assert error(found.probabilities[row], p.gather(-1, found.ids[row])) < EXACT
+        assert error(found.probabilities[row].sum(-1), torch.ones(len(ids)).double()) < EXACT
+    assert int(found.ids.max()) < 20 and int(found.rank.max()) <= 20
+    assert float(lens(model, ids, 20).probabilities.sum(-1).max()) < 0.999

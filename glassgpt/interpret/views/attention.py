@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -10,40 +11,63 @@ from torch import Tensor
 
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.inspect import Inspect
-from glassgpt.interpret.heads import pattern_distance, pattern_entropy
+from glassgpt.interpret.heads import pattern_distance, pattern_entropy, rollout, value_weighted
 from glassgpt.interpret.hooks import capture
-from glassgpt.interpret.views.view import SEQUENTIAL, SHADES, Read, View, heat_map, table, title
+from glassgpt.interpret.views.view import SEQUENTIAL, SHADES, Read, View, clamped, heat_map, table, title
 
 SHOWN_COLUMNS = 64
 """Tokens of a matrix on a terminal: the last ones."""
+STAGES = {
+    "scores": "scores before the mask",
+    "masked": "scores after the mask",
+    "pattern": "who looks at whom",
+    "weighted": "attention times the size of what it moves",
+}
 
 
 def attention(config: Inspect, read: Read) -> View:
-    """The pattern of one head, or of all. Raises UserError for a head that the model has not."""
+    """The pattern of one head (or another stage of it), of all, or rolled out. Raises UserError for a head that there is not."""
     wanted = chosen(str(config.attention), read.model.config)
-    with capture(read.model, "blocks.*.attn.pattern") as seen:
+    if config.stage != "pattern" and wanted is None:
+        raise UserError(f"--stage {config.stage} is of one head: --attention LAYER.HEAD; got {config.attention}")
+    with capture(read.model, [f"blocks.*.attn.{name}" for name in ("pattern", "scores", "masked", "v")]) as seen:
         read.logits()
-    patterns = [x[0].float() for x in seen.values()]  # each (H, T, T)
+    layers = range(read.model.config.n_layer)
+    patterns = [seen[f"blocks.{layer}.attn.pattern"] for layer in layers]  # each (1, H, T, T)
     labels = read.labels()
     facts: dict[str, Any] = {"model": read.name, "tokens": labels}
+    if config.attention == "rollout":
+        rolled = rollout(patterns)[-1][0].float()  # (T, T)
+        facts |= {"rollout": rolled.tolist()}
+        name = "attention rolled out through all layers"
+        return View(facts, _matrix(labels, rolled, name), lambda: heat_map(rolled.flip(0), labels[::-1], labels, name, "share"))
     if wanted is None:
-        facts["heads"] = [measured(layer, head, x[head], labels) for layer, x in enumerate(patterns) for head in range(len(x))]
-        return View(facts, _all(facts), lambda: draw_all(patterns))
+        numbered = ((layer, head, pattern) for layer, x in enumerate(patterns) for head, pattern in enumerate(x[0]))
+        facts["heads"] = [measured(layer, head, pattern, labels) for layer, head, pattern in numbered]
+        return View(facts, _all(facts), lambda: draw_all([x[0].float() for x in patterns]))
     layer, head = wanted
-    pattern = patterns[layer][head]  # (T, T)
-    facts |= measured(layer, head, pattern, labels) | {"pattern": pattern.tolist()}
-    name = f"head {layer}.{head}"
-    return View(facts, _one(facts, pattern), lambda: heat_map(pattern.flip(0), labels[::-1], labels, name, "attention"))
+    if config.stage == "weighted":
+        x = value_weighted(read.model, layer, patterns[layer], seen[f"blocks.{layer}.attn.v"])
+    else:
+        x = seen[f"blocks.{layer}.attn.{config.stage}"]
+    matrix = x[0, head].detach().float()  # (T, T)
+    plain = [[None if math.isinf(number) else number for number in row] for row in matrix.tolist()]  # JSON has no infinity
+    facts |= measured(layer, head, patterns[layer][0, head], labels) | {"stage": config.stage, config.stage: plain}
+    name = f"head {layer}.{head}: {STAGES[config.stage]}"
+    looks = f"entropy {facts['entropy_bits']:.2f} bits, distance {facts['distance_tokens']:.1f} tokens"
+    shown = (*_matrix(labels, matrix, name), Text(looks, style="dim"))
+    diverging = config.stage in ("scores", "masked")
+    return View(facts, shown, lambda: heat_map(matrix.flip(0), labels[::-1], labels, name, config.stage, diverging))
 
 
 def chosen(text: str, config: ModelConfig) -> tuple[int, int] | None:
     """ "3.2" -> (3, 2); None for "all"."""
-    if text == "all":
+    if text in ("all", "rollout"):
         return None
     found = re.fullmatch(r"(\d+)\.(\d+)", text)
     if found is None or int(found[1]) >= config.n_layer or int(found[2]) >= config.n_head:
         last = f"{config.n_layer - 1}.{config.n_head - 1}"
-        raise UserError(f"--attention takes LAYER.HEAD, here from 0.0 to {last}, or all; got {text!r}")
+        raise UserError(f"--attention takes LAYER.HEAD, here from 0.0 to {last}, all or rollout; got {text!r}")
     return int(found[1]), int(found[2])
 
 
@@ -70,17 +94,18 @@ def _all(facts: dict[str, Any]) -> tuple[Any, ...]:
     return (title("Attention", "mean entropy and distance in tokens; one head: --attention LAYER.HEAD"), rows)
 
 
-def _one(facts: dict[str, Any], pattern: Tensor) -> tuple[Any, ...]:
+def _matrix(labels: list[str], numbers: Tensor, name: str) -> tuple[Any, ...]:
     """A matrix of shades: a row for each token that looks, a column for each that is looked at."""
-    labels, first = facts["tokens"], max(0, len(facts["tokens"]) - SHOWN_COLUMNS)
+    first = max(0, len(labels) - SHOWN_COLUMNS)
     width = max(len(label) for label in labels[first:])
+    finite = numbers.nan_to_num(neginf=float(numbers[~numbers.isinf()].min()))
+    low = min(0.0, float(finite.min()))
+    shares = (finite - low) / ((float(finite.max()) - low) or 1.0) * ~numbers.isinf()
     lines = [Text(f"{'':{width}}  columns: tokens {first} to {len(labels) - 1}", style="dim")]
-    for label, row in zip(labels[first:], pattern[first:, first:].tolist(), strict=True):
+    for label, row in zip(labels[first:], shares[first:, first:].tolist(), strict=True):
         shades = "".join(SHADES[min(len(SHADES) - 1, round(p * (len(SHADES) - 1) + 0.3))] for p in row)
         lines.append(Text.assemble(f"{label:>{width}}  ", (shades, "blue")))
-    head, note = f"Head {facts['layer']}.{facts['head']}", "each row looks back at the columns; darker is more"
-    looks = f"entropy {facts['entropy_bits']:.2f} bits, distance {facts['distance_tokens']:.1f} tokens"
-    return (title(head, note), *lines, Text(looks, style="dim"))
+    return (title(name[0].upper() + name[1:]), Text("each row looks back at the columns; darker is more", style="dim"), *lines)
 
 
 def draw_all(patterns: list[Tensor]) -> Any:
@@ -88,7 +113,7 @@ def draw_all(patterns: list[Tensor]) -> Any:
     from matplotlib.figure import Figure
 
     L, H = len(patterns), len(patterns[0])
-    figure = Figure(figsize=(1.05 * H + 0.8, 1.05 * L + 0.8), layout="constrained")
+    figure = Figure(figsize=(clamped(1.05 * H + 0.8), clamped(1.05 * L + 0.8)), layout="constrained")
     panels = figure.subplots(L, H, squeeze=False)
     for layer, row in enumerate(panels[::-1]):
         for head, axes in enumerate(row):

@@ -13,7 +13,7 @@ from torch import Tensor
 from glassgpt import charts
 from glassgpt.config.inspect import Inspect
 from glassgpt.interpret.compare import Comparison, ParameterDifference, check_tokenizers, compare
-from glassgpt.interpret.views.view import BLUE, ORANGE, Read, View, bar, table, title
+from glassgpt.interpret.views.view import BLUE, ORANGE, Read, View, bar, clamped, table, title
 from glassgpt.loading import load
 
 
@@ -22,7 +22,7 @@ def view(config: Inspect, read: Read) -> View:
     assert config.compare is not None
     other, tokenizer = load(config.compare[1], device=str(read.ids.device), dtype=getattr(torch, config.dtype))
     check_tokenizers(read.tokenizer, tokenizer)
-    found = compare(read.model, other, read.ids, config.top)
+    found = compare(read.model, other, read.ids, config.top, tokenizer.vocab_size)
     facts = {
         "model": read.name,
         "other": config.compare[1],
@@ -116,7 +116,7 @@ def _tensors(facts: dict[str, Any], count: int) -> tuple[Any, ...]:
 def draw(facts: dict[str, Any], names: tuple[str, str]) -> Any:
     """KL by token, surprisal of both, and the difference of the residual stream by layer."""
     places = facts["places"]
-    figure, (left, right) = charts.figure(2, (12, max(3.6, 0.24 * len(places) + 1.6)), share_y=False)
+    figure, (left, right) = charts.figure(2, (12, clamped(0.24 * len(places) + 1.6)), share_y=False)
     left.barh(
         [x["place"] - 0.2 for x in places],
         [x["a"]["surprisal_bits"] or 0 for x in places],
@@ -131,11 +131,11 @@ def draw(facts: dict[str, Any], names: tuple[str, str]) -> Any:
         color=ORANGE,
         label=f"B {names[1]}",
     )
-    left.set_yticks(range(len(places)), [x["token"] for x in places])
+    charts.label_axis(left.yaxis, [x["token"] for x in places])
     left.set(xlabel="surprisal, bits", title="How each saw the prompt coming")
     left.legend(fontsize=8)
     right.barh(range(len(places)), [x["kl_bits"] for x in places], color="#6b7785")
-    right.set_yticks(range(len(places)), [x["token"] for x in places])
+    charts.label_axis(right.yaxis, [x["token"] for x in places])
     right.set(xlabel="KL(A || B), bits", title="How far apart they are on the next token")
     for axes in (left, right):
         axes.invert_yaxis()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glassgpt.config.inspect import Inspect
 from glassgpt.interpret.activations import activations
-from glassgpt.interpret.sae_report import Context, evaluate_sae, top_contexts
+from glassgpt.interpret.sae_report import Context, evaluate_sae, on_device, top_contexts
 from glassgpt.interpret.views.trained import autoencoder
 from glassgpt.interpret.views.view import Read, View, heat_map, table, title
 
@@ -23,7 +23,8 @@ def view(config: Inspect, read: Read) -> View:
     trained, batches = autoencoder(config, read)
     report = evaluate_sae(trained, read.model, batches) if batches else None
     with torch.no_grad():
-        codes = trained.sae.encode(activations(read.model, [trained.name], read.ids[None])[trained.name][0].float())  # (T, M)
+        x = activations(read.model, [trained.name], read.ids[None])[trained.name][0].float()
+        codes = on_device(trained, read.model).encode(x)  # (T, M)
     strongest = codes.amax(dim=0).topk(min(config.top, codes.size(1))).indices
     numbers = [int(feature) for feature in strongest if codes[:, feature].max() > 0]
     contexts = top_contexts(trained, read.model, batches, numbers, CONTEXTS) if batches else [[] for _ in numbers]

@@ -11,6 +11,7 @@ from rich.text import Text
 from glassgpt import charts
 from glassgpt.config.inspect import Inspect
 from glassgpt.interpret.heads import HeadScore, head_class, usual_scores
+from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.views.view import SEQUENTIAL, Read, View, table, title
 
 SCORES = ("previous", "duplicate", "induction")
@@ -19,15 +20,35 @@ SCORES = ("previous", "duplicate", "induction")
 def heads(config: Inspect, read: Read) -> View:
     """Scores of every head; the probe needs no prompt."""
     scores = usual_scores(read.model, read.tokenizer, config.seed)
-    facts = {"model": read.name, "heads": [dataclasses.asdict(score) | {"class": head_class(score)} for score in scores]}
-    rows = table("head", *(f">{name}" for name in SCORES), ">bits", ">distance", "is")
+    looks = _last_looks(read)
+    facts = {"model": read.name, "heads": [_as_json(score, looks) for score in scores]}
+    rows = table("head", *(f">{name}" for name in SCORES), ">bits", ">distance", "is", "looks at" if looks else "")
     for score in sorted(scores, key=lambda x: -max(x.previous, x.duplicate, x.induction)):
         cells = [_number(getattr(score, name), getattr(score, f"{name}_control")) for name in SCORES]
-        kind = head_class(score)
+        kind = head_class(score).removesuffix("-token").replace("none", "")
+        at = str(looks[score.layer, score.head]["last_looks_at"]) if looks else ""
         spread = f"{score.entropy_bits:.2f}", f"{score.distance_tokens:.1f}"
-        rows.add_row(f"{score.layer}.{score.head}", *cells, *spread, "" if kind == "none" else kind)
+        rows.add_row(f"{score.layer}.{score.head}", *cells, *spread, kind, Text(at))
     note = "mean attention on repeated random tokens / its control: the same places, nothing repeats"
     return View(facts, (title("Heads"), Text(note, style="dim"), rows), lambda: draw(scores))
+
+
+def _as_json(score: HeadScore, looks: dict[tuple[int, int], dict[str, Any]]) -> dict[str, Any]:
+    return dataclasses.asdict(score) | {"class": head_class(score)} | looks.get((score.layer, score.head), {})
+
+
+def _last_looks(read: Read) -> dict[tuple[int, int], dict[str, Any]]:
+    """By layer and head, where the last token of the prompt looks most; nothing without a prompt."""
+    if not read.ids.numel():
+        return {}
+    with capture(read.model, "blocks.*.attn.pattern") as seen:
+        read.logits()
+    labels, found = read.labels(), {}
+    for layer, pattern in enumerate(seen.values()):
+        weights, places = pattern[0, :, -1].max(dim=-1)  # (H,)
+        for head, (weight, place) in enumerate(zip(weights.tolist(), places.tolist(), strict=True)):
+            found[layer, head] = {"last_looks_at": labels[place], "place": place, "weight": weight}
+    return found
 
 
 def _number(score: float, control: float) -> Text:

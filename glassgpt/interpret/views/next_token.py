@@ -12,17 +12,17 @@ from rich.tree import Tree
 
 from glassgpt import charts
 from glassgpt.config.inspect import Inspect
-from glassgpt.generation.sampling import distribution, entropy
+from glassgpt.generation.sampling import entropy
 from glassgpt.interpret.next_token import Node, next_tokens, rest, sampling_tree
-from glassgpt.interpret.views.view import BLUE, Read, View, bar, percent, table, title
+from glassgpt.interpret.views.view import BLUE, Read, View, bar, clamped, percent, table, title
 
 
 def view(config: Inspect, read: Read) -> View:
     """Logit -> /T -> kept -> probability of the likeliest tokens after --position, over the whole vocabulary."""
     place = read.place(config.position)
     logits = read.logits()[place]
-    found = next_tokens(logits, config.sampling, config.top, read.ids[: place + 1].tolist())
-    drawn = distribution(logits[None], config.sampling)
+    everything = next_tokens(logits, config.sampling, logits.numel(), read.ids[: place + 1].tolist())
+    found, drawn = everything[: config.top], torch.tensor([x.probability for x in everything], dtype=torch.float64)
     facts = {
         "model": read.name,
         "place": place,
@@ -55,9 +55,9 @@ def draw(facts: dict[str, Any]) -> Any:
     """Bars that sum to 1, with all other tokens as the last."""
     names = [x["token"] for x in facts["tokens"]] + ["all others"]
     heights = [x["probability"] for x in facts["tokens"]] + [facts["rest"]]
-    figure, axes = charts.figure(size=(7, 0.3 * len(names) + 1.4))
+    figure, axes = charts.figure(size=(7, clamped(0.3 * len(names) + 1.4)))
     axes.barh(range(len(names)), heights, color=[BLUE] * (len(names) - 1) + ["#9aa4b1"])
-    axes.set_yticks(range(len(names)), names)
+    charts.label_axis(axes.yaxis, names)
     for place, height in enumerate(heights):
         axes.text(height + 0.01, place, percent(height), va="center", fontsize=8)
     axes.invert_yaxis()
@@ -116,7 +116,7 @@ def draw_tree(root: Node, read: Read) -> Any:
 
     leaves = put(root, 0, 0)
     depth = max(int(x) for x, _ in places.values())
-    figure, axes = charts.figure(size=(2.4 * depth + 1.5, max(3.0, 0.26 * leaves + 1)))
+    figure, axes = charts.figure(size=(clamped(2.4 * depth + 1.5), clamped(0.26 * leaves + 1)))
 
     def branch(node: Node) -> None:
         x, y = places[id(node)]

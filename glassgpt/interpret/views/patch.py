@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from rich.text import Text
 from torch import Tensor
@@ -14,10 +12,9 @@ from glassgpt.data.progress import steps
 from glassgpt.interpret.patching import Kind, logit_difference, patch_sweep
 from glassgpt.interpret.tokens import pieces
 from glassgpt.interpret.tracing import causal_trace
-from glassgpt.interpret.views.view import Read, View, heat_map, matrix, title, token_id
+from glassgpt.interpret.views.view import Read, View, encode, heat_map, percents, title, token_id
 from glassgpt.text import Tokenizer
 
-SHOWN_COLUMNS = 16
 NAMES = {"residual": "residual stream", "attn": "attention outputs", "mlp": "MLP outputs", "heads": "heads"}
 
 
@@ -49,7 +46,9 @@ def patch(config: Inspect, read: Read) -> View:
     }
     ends = Text(f"{difference}: {sweep.clean:+.3f} on the clean prompt, {sweep.corrupted:+.3f} on the other", style="dim")
     heading = f"Patching {NAMES[kind]}"
-    shown = (title(heading, "share of the difference that a patch restores: 1 is all of it"), _table(share, rows, columns), ends)
+    numbers, left_out = percents(share, rows, columns)
+    note = f"percent of the difference that a patch restores, by layer{left_out}"
+    shown = (title(heading), Text(note, style="dim"), numbers, ends)
     return View(facts, shown, lambda: heat_map(share, rows, columns, f"{heading}: {difference}", "recovered", diverging=True))
 
 
@@ -64,7 +63,9 @@ def _asked(config: Inspect) -> tuple[tuple[str, str | None], ...]:
 
 def _pair(prompts: tuple[str, str], read: Read) -> list[Tensor]:
     """Ids of both prompts. Raises UserError where they differ in length, with the tokens to see why."""
-    ids = [read.tokenizer.encode_start(prompt) for prompt in prompts]
+    if not all(prompts):
+        raise UserError("--patch needs two prompts, and one is empty; give two of the same number of tokens")
+    ids = [encode(prompt, read.tokenizer, read.model.config) for prompt in prompts]
     if len(ids[0]) != len(ids[1]):
         told = "; ".join(f"{len(row)}: {'|'.join(_labels(read.tokenizer, row))}" for row in ids)
         raise UserError(f"--patch needs two prompts of the same number of tokens; got {told}")
@@ -81,12 +82,6 @@ def _columns(read: Read, clean: Tensor, corrupted: Tensor) -> list[str]:
     return [a if a == b else f"{a}/{b}" for a, b in pairs]
 
 
-def _table(values: Tensor, rows: list[str], columns: list[str]) -> Any:
-    """Rows from the last layer down, the last columns."""
-    first = max(0, len(columns) - SHOWN_COLUMNS)
-    return matrix(values[:, first:].flip(0), rows[::-1], columns[first:])
-
-
 # ---------------------------------------------------------------------- tracing
 
 
@@ -95,7 +90,8 @@ def trace(config: Inspect, read: Read) -> View:
     subject = places_of(str(config.trace), read)
     answer = token_id(read.tokenizer, str(config.answer), "--answer")
     with steps("tracing") as progress:
-        found = causal_trace(read.model, read.ids, subject, answer, seed=config.seed, progress=progress)
+        samples, seed = config.noise_samples, config.seed
+        found = causal_trace(read.model, read.ids, subject, answer, samples=samples, seed=seed, progress=progress)
     labels = [f"{label}*" if place in subject else label for place, label in enumerate(read.labels())]
     rows = row_names("residual", read.model.config.n_layer)
     facts = {
@@ -109,17 +105,18 @@ def trace(config: Inspect, read: Read) -> View:
         "rows": rows,
     }
     ends = f"probability of {read.label(answer)!r}: {found.clean:.4f} as it is, {found.corrupted:.4f} with noise on tokens with *"
-    shown = (
-        title("Causal tracing", "probability when one state is restored"),
-        _table(found.restored, rows, labels),
-        Text(ends, style="dim"),
-    )
+    gap = (found.clean - found.corrupted) or 1.0
+    numbers, left_out = percents((found.restored - found.corrupted) / gap, rows, labels)
+    note = f"percent of the lost probability that one restored state brings back, by layer{left_out}"
+    shown = (title("Causal tracing"), Text(note, style="dim"), numbers, Text(ends, style="dim"))
     return View(facts, shown, lambda: heat_map(found.restored, rows, labels, ends, "probability"))
 
 
 def places_of(text: str, read: Read) -> list[int]:
     """The tokens of the prompt that a part of it touches. Raises UserError where the part is not in it."""
     data, part = read.tokenizer.decode_bytes(read.ids.tolist()), text.encode("utf-8")
+    if part not in data:  # some tokenizers do not give back the text as it was
+        part = read.tokenizer.decode_bytes(read.tokenizer.encode(text))
     start = data.find(part)
     if not part or start < 0:
         raise UserError(f"--trace {text!r} is not a part of the prompt; give a part of it, as it is written there")

@@ -13,7 +13,7 @@ from glassgpt.generation.sampling import entropy
 from glassgpt.interpret.attribution import attribute
 from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.next_token import next_tokens, rest, surprises
-from glassgpt.interpret.views.view import BLUE, ORANGE, Read, View, bar, percent, table, title, token_id
+from glassgpt.interpret.views.view import BLUE, ORANGE, Read, View, bar, clamped, percent, table, title, token_id
 
 SHOWN_TOKENS = 40
 SHOWN_HEADS = 6
@@ -32,11 +32,14 @@ def summary(config: Inspect, read: Read) -> View:
             "place": place,
             "token": text,
             "id": token,
+            "bytes": piece.hex,
+            "group": piece.group,
+            "character": piece.character,
             "surprisal_bits": None if s is None else s.surprisal_bits,
             "rank": None if s is None else s.rank,
             "expected": None if place == 0 else read.label(int(logits[place - 1].argmax())),
         }
-        for place, (text, token, s) in enumerate(zip(labels, ids.tolist(), found, strict=True))
+        for place, (text, token, piece, s) in enumerate(zip(labels, ids.tolist(), read.pieces(), found, strict=True))
     ]
     facts = {
         "model": read.name,
@@ -111,12 +114,12 @@ def _heads(facts: dict[str, Any]) -> tuple[Any, ...]:
 def draw(facts: dict[str, Any]) -> Any:
     """Surprisal along the prompt, and the likeliest next tokens."""
     tokens, likely = facts["tokens"][:SHOWN_TOKENS], facts["next"]
-    figure, (left, right) = charts.figure(2, (12, max(3.6, 0.24 * max(len(tokens), len(likely)) + 1.4)), share_y=False)
+    figure, (left, right) = charts.figure(2, (12, clamped(0.24 * max(len(tokens), len(likely)) + 1.4)), share_y=False)
     left.barh(range(len(tokens)), [token["surprisal_bits"] or 0 for token in tokens], color=ORANGE)
-    left.set_yticks(range(len(tokens)), [token["token"] for token in tokens])
+    charts.label_axis(left.yaxis, [token["token"] for token in tokens])
     left.set(xlabel="surprisal, bits", title="The prompt")
     right.barh(range(len(likely)), [x["probability"] for x in likely], color=BLUE)
-    right.set_yticks(range(len(likely)), [x["token"] for x in likely])
+    charts.label_axis(right.yaxis, [x["token"] for x in likely])
     right.set(xlabel="probability", xlim=(0, 1), title=f"The next token (entropy {facts['entropy_bits']:.2f} bits)")
     for axes in (left, right):
         axes.invert_yaxis()

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from glassgpt import charts
-from glassgpt.config import UserError
-from glassgpt.interpret.tokens import label, pieces
+from glassgpt.config import ModelConfig, UserError
+from glassgpt.interpret.tokens import Piece, label, pieces
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 
 SHADES = " ░▒▓█"
 BLUE, ORANGE = "#2f5d9b", "#c8622d"
-SEQUENTIAL, DIVERGING = "Blues", "PuOr_r"
-"""Colour maps: one hue from nothing to much; blue through white to orange, for less and more."""
+SEQUENTIAL = "Blues"
+"""Colour map from nothing to much; what has two sides goes from orange (less) to blue (more)."""
+LARGEST_INCHES = 32.0
+"""A picture's longest side."""
+MOST_LAYERS, MOST_PLACES = 13, 64
+"""Columns and lines of a table of percents."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,6 @@ class View:
     draw: Callable[[], Any]
     """Its picture, a matplotlib figure."""
 
-    def show(self, console: Console) -> None:
-        for part in self.shown:
-            console.print(part)
-
 
 @dataclass(frozen=True)
 class Read:
@@ -50,9 +51,18 @@ class Read:
     ids: Tensor
     """(T,)"""
 
+    def pieces(self) -> list[Piece]:
+        """Each token of the prompt."""
+        return pieces(self.tokenizer, self.ids.tolist())
+
     def labels(self) -> list[str]:
-        """Each token of the prompt for people to look at: what it says, or its bytes."""
-        return [piece.text for piece in pieces(self.tokenizer, self.ids.tolist())]
+        """Each token of the prompt for people to look at: what it says, or its bytes, the last ones with their character."""
+        found = self.pieces()
+        ends = [here.group != after.group for here, after in itertools.pairwise(found)] + [True]
+        return [
+            f"{piece.text}={piece.character}" if piece.is_fragment and piece.character and is_end else piece.text
+            for piece, is_end in zip(found, ends, strict=True)
+        ]
 
     def label(self, token_id: int) -> str:
         """Any token of the vocabulary."""
@@ -72,6 +82,14 @@ class Read:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def encode(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -> list[int]:
+    """Ids of a prompt. Raises UserError for one that is too long."""
+    ids = tokenizer.encode_start(prompt)
+    if len(ids) > model.context_tokens:
+        raise UserError(f"the prompt has {len(ids)} tokens and the context is {model.context_tokens}; shorten it")
+    return ids
+
+
 def token_id(tokenizer: Tokenizer, text: str, option: str) -> int:
     """The one token that `text` is. Raises UserError when it is none or several."""
     ids = tokenizer.encode(text)
@@ -87,12 +105,17 @@ def table(*columns: str) -> Table:
     made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for number, column in enumerate(columns):
         flush = "right" if column.startswith(">") else "left"
-        made.add_column(column.removeprefix(">"), justify=flush, no_wrap=True, min_width=7 if number == 0 else 1)  # type: ignore[arg-type]
+        made.add_column(Text(column.removeprefix(">")), justify=flush, no_wrap=True, min_width=7 if number == 0 else 1)  # type: ignore[arg-type]
     return made
 
 
 def title(text: str, note: str = "") -> Text:
     return Text.assemble("\n", (text, "bold"), ("  " + note if note else "", "dim"))
+
+
+def rule(text: str) -> Text:
+    """The line that parts one model from the other."""
+    return Text(f"\n━━━ {text}", style="bold blue")
 
 
 def bar(share: float, width: int = 20, style: str = "blue") -> Text:
@@ -108,13 +131,22 @@ def percent(p: float) -> str:
     return f"{100 * p:.0e}%"
 
 
-def matrix(values: Tensor, rows: Sequence[str], columns: Sequence[str], corner: str = "", digits: int = 2) -> Table:
-    """Numbers (R, C) as a table, the larger the stronger."""
-    made = table(corner, *(f">{column}" for column in columns))
-    largest = float(values.abs().max()) or 1.0
-    for name, row in zip(rows, values.tolist(), strict=True):
-        made.add_row(name, *(Text(f"{x:.{digits}f}", style=_strength(x / largest)) for x in row))
-    return made
+def percents(shares: Tensor, layers: Sequence[str], places: Sequence[str]) -> tuple[Table, str]:
+    """Shares (R, C) as a table of percents that fits a terminal: a line for each of C places, a column for each of R layers.
+
+    Also says what is left out: of many layers all but every nth, of many places those where nothing reaches 1 %.
+    """
+    R, C = shares.shape
+    step = -(-R // MOST_LAYERS)
+    shown_layers = sorted({*range(0, R, step), R - 1})
+    strongest = shares.abs().amax(dim=0)  # (C,)
+    shown_places = [place for place in range(C) if C <= MOST_PLACES or strongest[place] >= 0.01]
+    made = table("", *(f">{layers[layer].removeprefix('layer ')}" for layer in shown_layers))
+    for place in shown_places:
+        cells = [Text(str(round(100 * x)), style=_strength(x)) for x in shares[shown_layers, place].tolist()]
+        made.add_row(Text(places[place][:20]), *cells)
+    left_out = "" if step == 1 else f"; every {step}th layer"
+    return made, left_out if len(shown_places) == C else f"{left_out}; {C - len(shown_places)} places below 1 % left out"
 
 
 def _strength(share: float) -> str:
@@ -124,22 +156,27 @@ def _strength(share: float) -> str:
     return f"bold {colour}" if abs(share) > 0.5 else colour
 
 
+def clamped(inches: float, least: float = 3.0) -> float:
+    """A side of a picture, whatever is to be on it."""
+    return min(LARGEST_INCHES, max(least, inches))
+
+
 def heat_map(
     values: Tensor, rows: Sequence[str], columns: Sequence[str], heading: str, colour_label: str, diverging: bool = False
 ) -> Any:
     """A figure of numbers (R, C): rows from the bottom up, as layers lie."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     R, C = values.shape
-    figure, axes = charts.figure(size=(max(5.0, 0.52 * C + 2.4), max(3.2, 0.34 * R + 1.6)))
-    reach = float(values.abs().max()) or 1.0
-    colours = {"cmap": DIVERGING, "vmin": -reach, "vmax": reach} if diverging else {"cmap": SEQUENTIAL, "vmin": 0.0}
+    figure, axes = charts.figure(size=(clamped(0.52 * C + 2.4, 5.0), clamped(0.34 * R + 1.6, 3.2)))
+    values = values.masked_fill(values.isinf(), float("nan"))  # is left white
+    reach = float(values.nan_to_num().abs().max()) or 1.0
+    two_sided = LinearSegmentedColormap.from_list("", [ORANGE, "#f7f7f5", BLUE])
+    colours = {"cmap": two_sided, "vmin": -reach, "vmax": reach} if diverging else {"cmap": SEQUENTIAL, "vmin": 0.0}
     picture = axes.imshow(values.tolist(), origin="lower", aspect="auto", **colours)
-    axes.set_xticks(
-        range(C),
-        columns,
-        rotation=60 if max(map(len, columns)) > 3 else 0,
-        ha="right" if max(map(len, columns)) > 3 else "center",
-    )
-    axes.set_yticks(range(R), rows)
+    turned: dict[str, Any] = {"rotation": 60, "ha": "right"} if max(map(len, columns)) > 3 else {}
+    charts.label_axis(axes.xaxis, columns, **turned)
+    charts.label_axis(axes.yaxis, rows)
     axes.set_title(heading, fontsize=11)
     figure.colorbar(picture, label=colour_label)
     return figure

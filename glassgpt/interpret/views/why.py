@@ -11,7 +11,7 @@ from glassgpt import charts
 from glassgpt.config.inspect import Inspect
 from glassgpt.interpret.attribution import Part, attribute
 from glassgpt.interpret.gradients import gradient_times_input, integrated_gradients
-from glassgpt.interpret.views.view import BLUE, ORANGE, Read, View, bar, table, title, token_id
+from glassgpt.interpret.views.view import BLUE, ORANGE, Read, View, bar, clamped, table, title, token_id
 
 
 def why(config: Inspect, read: Read) -> View:
@@ -67,9 +67,10 @@ def _inputs(facts: dict[str, Any]) -> tuple[Any, ...]:
 
 def draw(parts: tuple[Part, ...], asked: str, total: float, logit: float) -> Any:
     """A bar for every part, in the order in which the model has them."""
-    figure, axes = charts.figure(size=(9, max(4.0, 0.2 * len(parts) + 1.4)))
+    figure, axes = charts.figure(size=(9, clamped(0.2 * len(parts) + 1.4)))
     axes.barh(range(len(parts)), [part.value for part in parts], color=[BLUE if part.value > 0 else ORANGE for part in parts])
-    axes.set_yticks(range(len(parts)), [part.name for part in parts], fontsize=7)
+    axes.tick_params(axis="y", labelsize=7)
+    charts.label_axis(axes.yaxis, [part.name for part in parts], most=200)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_ylim(-0.8, len(parts) - 0.2)
     axes.set(xlabel="adds to the logit", title=f"{asked}\nsum of all parts {total:+.4f}, the model's own {logit:+.4f}")

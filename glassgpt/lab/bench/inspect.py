@@ -29,7 +29,7 @@ from glassgpt.config.bench import BenchInspect
 from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.html import page
 from glassgpt.interpret.patching import logit_difference, patch_sweep
-from glassgpt.interpret.report import collect
+from glassgpt.interpret.report import MOST_TOKENS, collect
 from glassgpt.lab.bench.generate import hf_peer
 from glassgpt.lab.bench.train import answer
 from glassgpt.model import GPT
@@ -89,13 +89,18 @@ class Result:
 
 
 def bench_inspect(config: BenchInspect) -> Result:
-    """Time both sides, and our page. Raises UserError when TransformerLens is not installed, or the sides' numbers differ."""
+    """Time both sides, and our page.
+
+    Raises UserError for texts that are too long, when TransformerLens is not installed, or the sides' numbers differ.
+    """
     shape = preset(config.preset, dropout=0.0)
     longest = max(config.tokens, config.prompt_tokens)
     if longest > shape.context_tokens:
         raise UserError(
             f"tokens and prompt_tokens must fit in the context of {config.preset}, {shape.context_tokens}; got {longest}"
         )
+    if config.tokens > MOST_TOKENS:
+        raise UserError(f"tokens must be at most {MOST_TOKENS}, which is what the timed page can show; got {config.tokens}")
     if config.peer and find_spec("transformer_lens") is None:
         raise UserError("the peer `transformer_lens` is not installed; pip install 'glassgpt[bench]', or use --no-peer")
     threads = config.threads or torch.get_num_threads()

@@ -69,7 +69,7 @@ def chart(model: GPT, tokenizer: Tokenizer, prompt: str, temperatures: Sequence[
     for axes, temperature in zip(panels, temperatures, strict=True):
         heights = [p for _, p in likeliest(model, tokenizer, prompt, temperature, count)]
         axes.barh(range(count), heights, color="#2f5d9b")
-        axes.set_yticks(range(count), [repr(token) for token in tokens])
+        charts.label_axis(axes.yaxis, [repr(token) for token in tokens])
         axes.set(title=f"temperature {temperature:g}", xlim=(0, 1), xlabel="probability")
         for place, height in enumerate(heights):
             inside = height > 0.85
