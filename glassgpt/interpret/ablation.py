@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glassgpt.config import UserError
+from glassgpt.interpret.attribution import checked
 from glassgpt.interpret.hooks import Edit, capture, edit
 from glassgpt.interpret.rerun import Activation, Metric, Progress, last_position, mean_loss, record, sweep
 from glassgpt.model import GPT
@@ -41,7 +42,8 @@ def ablate(
     dimension; None is all. All but "zero" take values from `reference` ids (R, T). With "resample" row b gets row b + shift
     of them, and `seed` draws the shift, 1 to R - 1: rows of `reference` itself never get their own. "position_mean" and
     "resample" are for passes without a cache, no longer than `reference`. Raises UserError as `capture` does, for parts that
-    there are not, and for a reference that does not fit.
+    there are not, for a reference that does not fit or on which the model would drop activations at random, and, in here, for
+    a pass with a cache where there may be none.
     """
     reference = _checked(how, reference)
     edits: dict[str, Edit] = {}
@@ -50,13 +52,25 @@ def ablate(
     else:
         with torch.no_grad(), ExitStack() as stack:
             seen = {pattern: stack.enter_context(capture(model, pattern)) for pattern in parts}
-            model(reference.to(model.token_embedding.weight.device))
+            model(checked(model, reference.flatten())[0].view_as(reference))
         shift = _shift(len(reference), seed) if how == "resample" else 0
         for pattern, places in parts.items():
             for name, was in seen[pattern].items():
                 edits[name] = partial(_with, how=how, name=name, places=places, was=was, shift=shift)
-    with edit(model, edits):
+    with ExitStack() as stack:
+        stack.enter_context(edit(model, edits))
+        if how in ("position_mean", "resample"):
+            for block in model.blocks:
+                stack.callback(block.register_forward_pre_hook(_refuse_cache).remove)
         yield
+
+
+def _refuse_cache(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Before a block runs on (x, where, cache): positions would be counted from the cache's end, not from the text's start."""
+    if len(inputs) > 2 and inputs[2] is not None:
+        raise UserError(
+            "ablation by position_mean or resample is for passes without a cache; run the whole text at once, or ablate by mean"
+        )
 
 
 def _with(x: Tensor, how: How, name: str, places: Sequence[int] | None, was: Tensor | None = None, shift: int = 0) -> Tensor:
@@ -119,15 +133,18 @@ def ablation_sweep(
 ) -> AblationSweep:
     """Ablate every head and every MLP in turn, on texts (B, T). The score is the mean loss in nats a token, or `metric`.
 
-    `how` and `seed` as in `ablate`; `reference` (R, T or more) is `ids` itself unless given. Raises UserError as `ablate` does.
+    `how` and `seed` as in `ablate`; `reference` (R, T or more) is `ids` itself unless given. `progress` counts parts, of all
+    texts. Raises UserError as `ablate` does, for no texts, and for texts of one token where the score is the loss.
     """
+    if ids.dim() != 2 or not len(ids):
+        raise UserError(f"expected at least 1 text of token ids, shape (B, T); got {tuple(ids.shape)}")
     reference = None if how == "zero" else _checked(how, ids if reference is None else reference)
     if reference is not None and how != "mean" and reference.size(1) < ids.size(1):
         raise UserError(f"the reference has {reference.size(1)} tokens a row and the texts {ids.size(1)}; give longer ones")
     others = [record(model, row) for row in reference] if reference is not None else []
     shift = _shift(len(others), seed) if how == "resample" else 0
     scores = {activation: torch.zeros(()) for activation in SWEPT}
-    intact = 0.0
+    intact, done, parts = 0.0, 0, len(ids) * len(model.blocks) * (model.config.n_head + 1)
     for b, row in enumerate(ids):
         run = record(model, row)
         finish = mean_loss(model, run) if metric is None else last_position(model, metric)
@@ -142,10 +159,16 @@ def ablation_sweep(
                 new = torch.stack([other[activation][..., : was.size(-2), :] for other in others]).mean(0)
             else:
                 new = torch.stack([other[activation].mean(-2, keepdim=True) for other in others]).mean(0).expand_as(was)
-            scores[activation] = scores[activation].to(was.device) + sweep(model, run, activation, new, finish, False)
-        if progress is not None:
-            progress(b + 1, len(ids))
+            told = progress and partial(_told, progress, done, parts)
+            found = sweep(model, run, activation, new, finish, False, told)  # (L, H or 1, 1)
+            scores[activation] = scores[activation].to(was.device) + found
+            done += found.numel()
     return AblationSweep(intact, scores["attn.z"].squeeze(2) / len(ids), scores["mlp"].flatten() / len(ids))
+
+
+def _told(progress: Progress, before: int, total: int, done: int, of: int) -> None:
+    """The progress of one of several sweeps as that of all."""
+    progress(before + done, total)
 
 
 def _checked(how: How, reference: Tensor | None) -> Tensor | None:
@@ -154,7 +177,7 @@ def _checked(how: How, reference: Tensor | None) -> Tensor | None:
         raise UserError(f"unknown ablation {how!r}; expected {', '.join(HOWS)}")
     if how == "zero":
         return None
-    if reference is None or reference.dim() != 2:
+    if reference is None or reference.dim() != 2 or not len(reference):
         got = "none" if reference is None else f"shape {tuple(reference.shape)}"
         raise UserError(f"ablation by {how} takes values from reference ids (R, T); got {got}")
     if how == "resample" and len(reference) < 2:

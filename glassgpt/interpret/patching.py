@@ -59,7 +59,8 @@ def patch_sweep(
 ) -> Sweep:
     """Run the corrupted prompt (T,) once for each place, with the clean prompt's (T,) activation in that place.
 
-    Raises UserError where the prompts have different lengths or are too long, for an unknown kind, and as `metric` does.
+    Raises UserError where the prompts have different lengths, are too long or hold ids that the model has not, for an unknown
+    kind, for a model in training mode with dropout, and as `metric` does.
     """
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}; expected {', '.join(KINDS)}")
@@ -78,7 +79,7 @@ def between(model: GPT, clean: Run, corrupted: Run, metric: Metric, kind: Kind, 
 
 
 def recorded_pair(model: GPT, clean: Tensor, corrupted: Tensor) -> tuple[Run, Run]:
-    """Both prompts' runs. Raises UserError where they have different lengths."""
+    """Both prompts' runs. Raises UserError where they have different lengths, and as `record` does."""
     if clean.shape != corrupted.shape:
         told = (
             f"{name} has {ids.numel()} ({ids.flatten().tolist()})" for name, ids in (("clean", clean), ("corrupted", corrupted))

@@ -58,7 +58,7 @@ def path_sweep(
     progress: Progress | None = None,
 ) -> Sweep:
     """`path_patch` from every head in turn: values (L, H). `recovered` is 1 where nothing changed, as the base is clean."""
-    heads = torch.arange(model.config.n_head).split(max(1, PIECE_TOKENS // max(1, len(clean))))
+    heads = torch.arange(model.config.n_head).split(max(1, PIECE_TOKENS // max(1, clean.numel())))
     senders = [(layer, some) for layer in range(len(model.blocks)) for some in heads]
     return _swept(model, clean, corrupted, receivers, metric, through_mlps, senders, progress)
 
@@ -139,8 +139,8 @@ def _heads_from(new: Tensor, heads: Sequence[int]) -> Callable[[Tensor], Tensor]
 def _check_receivers(model: GPT, receivers: Sequence[Receiver]) -> None:
     counts = {"q": model.config.n_head, "k": model.config.kv_heads, "v": model.config.kv_heads}
     L = len(model.blocks)
-    if not receivers:
-        raise UserError('receivers is empty; give "logits" or a list of (layer, head, "q", "k" or "v")')
+    if not receivers or not all(isinstance(receiver, tuple | list) and len(receiver) == 3 for receiver in receivers):
+        raise UserError(f'receivers must be "logits" or a list of (layer, head, "q", "k" or "v"); got {receivers!r}')
     for layer, head, letter in receivers:
         if letter not in counts or not 0 <= layer < L or not 0 <= head < counts[letter]:
             raise UserError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glassgpt.config import UserError
+from glassgpt.interpret.attribution import checked
 from glassgpt.interpret.hooks import Edit, capture, edit
 from glassgpt.model import GPT, Block, Where
 
@@ -49,12 +50,11 @@ class Run:
 
 
 def record(model: GPT, ids: Tensor, edits: Mapping[str, Edit] | None = None) -> Run:
-    """Run a text (T,), with edits if given, and keep what the functions here need."""
-    if ids.dim() != 1 or not len(ids):
-        raise UserError(f"expected the token ids of one text, (T,) with T at least 1; got shape {tuple(ids.shape)}")
-    if model.training and model.config.dropout:
-        raise UserError("the model is in training mode and has dropout: no two runs are alike; call model.eval() first")
-    ids = ids.to(model.token_embedding.weight.device)
+    """Run a text (T,), with edits if given, and keep what the functions here need.
+
+    Raises UserError for ids that are not one text of this model's, and for a model in training mode with dropout.
+    """
+    ids, _ = checked(model, ids)
     names = ["embed", "blocks.*", *(f"blocks.*.{name}" for name in RECORDED)]
     with torch.no_grad(), edit(model, edits or {}), capture(model, names) as seen:
         model.hidden(ids.unsqueeze(0))
@@ -110,7 +110,9 @@ def last_position(model: GPT, metric: Metric) -> Finish:
 
 
 def mean_loss(model: GPT, run: Run) -> Finish:
-    """The mean cross-entropy of the run's next tokens, in nats."""
+    """The mean cross-entropy of the run's next tokens, in nats. Raises UserError for a run of one token."""
+    if len(run.ids) < 2:
+        raise UserError("a loss needs texts of at least 2 tokens, as the first is not predicted; got 1")
 
     def finish(x: Tensor, first: int) -> Tensor:
         before = run["residual"][-1, :first].expand(len(x), -1, -1)
@@ -152,6 +154,7 @@ def sweep(
 
     `new` is as the base run's, with rows R (L + 1 for "residual", else L) and heads H (1 for what is not of heads). Returns
     scores (R, H, T), or (R, H, 1) where all positions change together; a change to what was there scores as the base.
+    `progress` counts the scores, those that are known at once at the start.
     """
     T = len(base.ids)
     differs = (new != base[activation]).any(-1).reshape(len(new), -1, T)  # (R, H, T)
@@ -164,11 +167,13 @@ def sweep(
         if ever[head, span].any()
     ]
     scores = finish(base["residual"][-1:], 0).repeat(len(new), len(ever), len(spans))  # (R, H, T or 1)
-    pieces = list(_pieces(columns, len(new), T))
-    for done, piece in enumerate(pieces):
+    progress = progress or (lambda done, total: None)
+    done = scores.numel() - len(new) * len(columns)  # where nothing changes
+    progress(done, scores.numel())
+    for piece in _pieces(columns, len(new), T):
         _score_together(model, base, activation, new, differs, piece, finish, scores)
-        if progress is not None:
-            progress(done + 1, len(pieces))
+        done += len(new) * len(piece)
+        progress(done, scores.numel())
     return scores
 
 

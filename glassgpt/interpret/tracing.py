@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,8 @@ from glassgpt.config import UserError
 from glassgpt.interpret.patching import between, probability
 from glassgpt.interpret.rerun import Progress, record
 from glassgpt.model import GPT
+
+TRACED = ("residual", "attn", "mlp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +46,21 @@ def causal_trace(
     """Add noise to the token embeddings at the positions `subject` of a text (T,), then restore each clean state in turn.
 
     N(0, noise_std²) is drawn anew for each sample, and stays for all its runs. None is 3 times the standard deviation of the
-    embedding matrix. Raises UserError for positions that are not in the text, and for a token that is not in the vocabulary.
+    embedding matrix. Raises UserError for positions that are not in the text, for a token that is not in the vocabulary, for
+    noise that has no size, for an unknown kind, for fewer than 1 sample, and as `record` does.
     """
+    if kind not in TRACED:
+        raise UserError(f"unknown kind {kind!r}; expected {', '.join(TRACED)}")
+    if noise_std is not None and not (noise_std >= 0 and math.isfinite(noise_std)):
+        raise UserError(f"noise_std must be a number from 0 up; got {noise_std}")
+    if samples < 1:
+        raise UserError(f"samples must be at least 1; got {samples}")
+    clean = record(model, ids)
     bad = [position for position in subject if not 0 <= position < len(ids)]
     if bad or not subject:
         raise UserError(f"the subject must be positions 0 to {len(ids) - 1} of the text; got {list(subject)}")
-    if samples < 1:
-        raise UserError(f"samples must be at least 1; got {samples}")
     weight = model.token_embedding.weight
     std = 3 * float(weight.std()) if noise_std is None else noise_std
-    clean = record(model, ids)
     generator = torch.Generator().manual_seed(seed)
     sweeps = []
     for sample in range(samples):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glassgpt.config import UserError
 from glassgpt.config.model import MoeConfig
+from glassgpt.generation.cache import KVCache
 from glassgpt.interpret import capture, rerun
 from glassgpt.interpret.ablation import HOWS, How, ablate, ablation_sweep
 from glassgpt.interpret.patching import logit_difference
@@ -163,7 +164,18 @@ def test_texts_are_their_own_reference_and_progress_is_told() -> None:
     told: list[tuple[int, int]] = []
     found = ablation_sweep(model, ids, "resample", progress=lambda done, total: told.append((done, total)))
     assert torch.equal(found.heads, ablation_sweep(model, ids, "resample", reference=ids).heads)
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    parts = model.config.n_layer * (model.config.n_head + 1)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert {total for _, total in told} == {3 * parts}
+    assert told[-1][0] == 3 * parts
+
+
+def test_progress_is_told_within_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rerun, "PIECE_TOKENS", 1)  # a head at a time
+    model = made()
+    told: list[tuple[int, int]] = []
+    ablation_sweep(model, tokens(model.config, 1, T), "zero", progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, 15) for done in (0, 3, 6, 9, 12, 12, 15)]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +195,61 @@ def test_refusals(parts: dict[str, Any], arguments: dict[str, Any], message: str
     model = made()
     with pytest.raises(UserError, match=message), ablate(model, parts, **arguments):
         model(tokens(model.config, 2, T))
+
+
+@pytest.mark.parametrize("how", HOWS)
+@torch.no_grad()
+def test_values_of_positions_are_refused_with_a_cache(how: How) -> None:
+    """Steps count their positions from the cache's end: they would get the values of the text's start."""
+    model = made()
+    ids = tokens(model.config, 2, T)
+    with ablate(model, {"blocks.1.mlp": None}, how, ids):
+        whole, cache = model(ids), KVCache(model.config)
+        if how in ("zero", "mean"):
+            assert error(torch.cat([model(part, cache) for part in ids.split([T - 2, 2], dim=1)], dim=1), whole) < EXACT
+        else:
+            with pytest.raises(UserError, match="for passes without a cache; run the whole text at once, or ablate by mean"):
+                model(ids[:, :-2], cache)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model(ids, KVCache(model.config))
+
+
+@pytest.mark.parametrize(
+    ("ids", "how", "message"),
+    [
+        (torch.ones(3, 1, dtype=torch.long), "zero", "a loss needs texts of at least 2 tokens, .*; got 1"),
+        (torch.ones(0, 7, dtype=torch.long), "zero", r"expected at least 1 text of token ids, shape \(B, T\); got \(0, 7\)"),
+        (torch.ones(7, dtype=torch.long), "mean", r"shape \(B, T\); got \(7,\)"),
+        (torch.full((1, 7), 31), "mean", "token ids must be between 0 and 30"),
+    ],
+)
+def test_texts_that_cannot_be_swept_are_refused(ids: Tensor, how: How, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ablation_sweep(made(), ids, how)
+
+
+def test_one_token_is_enough_for_a_metric() -> None:
+    model = made()
+    found = ablation_sweep(model, tokens(model.config, 3, 1), "zero", logit_difference(3, 5))
+    assert torch.all(found.heads.isfinite())
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [(torch.ones(0, 7, dtype=torch.long), r"got shape \(0, 7\)"), (torch.full((1, 7), 31), "token ids must be between 0 and 30")],
+)
+def test_a_reference_that_gives_no_values_is_refused(reference: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message), ablate(made(), {"blocks.1.mlp": None}, "mean", reference):
+        pass
+
+
+def test_dropout_on_the_reference_is_refused() -> None:
+    model = noisy(shape(dropout=0.1)).train()
+    with (
+        pytest.raises(UserError, match="drops activations at random"),
+        ablate(model, {"blocks.1.mlp": None}, "mean", tokens(model.config, 2, T)),
+    ):
+        pass
 
 
 def test_a_short_reference_is_refused_in_a_sweep() -> None:

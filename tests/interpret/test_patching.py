@@ -153,7 +153,8 @@ def test_progress_and_half_precision() -> None:
     told: list[tuple[int, int]] = []
     found = patch_sweep(model, clean, corrupted, METRIC, progress=lambda done, total: told.append((done, total)))
     assert found.values.dtype == torch.float32
-    assert told[-1][0] == told[-1][1] == len(told)
+    cells = found.values.numel()
+    assert told == [(2 * cells // T, cells), (cells, cells)]  # the prompts are the same at two positions; then all at once
 
 
 @pytest.mark.parametrize(
@@ -162,12 +163,16 @@ def test_progress_and_half_precision() -> None:
         ([1, 2, 3], [4, 5], {}, r"same number of tokens; clean has 3 \(\[1, 2, 3\]\), corrupted has 2 \(\[4, 5\]\)"),
         ([1] * 30, [2] * 30, {}, "context is 24 tokens; got 30"),
         ([], [], {}, "expected the token ids of one text"),
+        ([1, 99], [1, 2], {}, "token ids must be between 0 and 30; got 1 to 99"),
+        ([1, 2], [1, -1], {}, "token ids must be between 0 and 30; got -1 to 1"),
+        ([1.0, 2.0], [1.0, 3.0], {}, r"expected the token ids of one text, shape \(T,\); got \(2,\) torch.float32"),
+        ([[1, 2]], [[1, 3]], {}, r"got \(1, 2\) torch.int64"),
         ([1, 2], [1, 3], {"kind": "neurons"}, "unknown kind 'neurons'; expected residual, attn"),
         ([1, 2], [1, 3], {"metric": log_probability(31)}, "token id 31 is not in the vocabulary; expected 0 to 30"),
         ([1, 2], [1, 3], {"metric": lambda logits: logits.sum()}, "a metric must return one number a row"),
     ],
 )
-def test_refusals(clean: list[int], corrupted: list[int], arguments: dict[str, Any], message: str) -> None:
+def test_refusals(clean: Any, corrupted: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         patch_sweep(made("default"), torch.tensor(clean), torch.tensor(corrupted), **{"metric": METRIC} | arguments)
 
@@ -237,6 +242,25 @@ def test_a_subject_outside_the_text_is_refused(subject: list[int]) -> None:
     model = made("default")
     with pytest.raises(UserError, match="the subject must be positions 0 to 6 of the text"):
         causal_trace(model, prompts(model)[0], subject, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "foo"}, "unknown kind 'foo'; expected residual, attn, mlp"),
+        ({"kind": "heads"}, "unknown kind 'heads'"),
+        ({"noise_std": float("nan")}, "noise_std must be a number from 0 up; got nan"),
+        ({"noise_std": float("inf")}, "noise_std must be a number from 0 up; got inf"),
+        ({"noise_std": -0.5}, "noise_std must be a number from 0 up; got -0.5"),
+        ({"samples": 0}, "samples must be at least 1; got 0"),
+        ({"token": 31}, "token id 31 is not in the vocabulary"),
+        ({"ids": torch.tensor([1, 99])}, "token ids must be between 0 and 30"),
+    ],
+)
+def test_a_trace_that_cannot_be_made_is_refused(arguments: dict[str, Any], message: str) -> None:
+    model = made("default")
+    with pytest.raises(UserError, match=message):
+        causal_trace(model, **{"ids": prompts(model)[0], "subject": [0], "token": 1} | arguments)
 
 
 def test_a_sweep_says_what_it_is() -> None:

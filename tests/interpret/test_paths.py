@@ -184,7 +184,10 @@ def test_progress_is_told() -> None:
     [
         ((3, 0), "logits", "no head 3.0: the model has layers 0 to 2 and heads 0 to 3"),
         ((0, -1), "logits", "no head 0.-1"),
-        ((0, 0), [], "receivers is empty"),
+        ((0, 0), [], r'receivers must be "logits" or a list of \(layer, head, "q", "k" or "v"\); got \[\]'),
+        ((0, 0), "q", r'receivers must be "logits" or a list of .*; got \'q\''),
+        ((0, 0), (2, 1, "q"), "receivers must be .* a list of"),
+        ((0, 0), [(2, 1)], "receivers must be .* a list of"),
         ((0, 0), [(2, 2, "k")], r"no receiver \(2, 2, 'k'\): .* k or v with one from 0 to 1"),
         ((0, 0), [(2, 0, "z")], r"no receiver \(2, 0, 'z'\)"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -138,5 +139,52 @@ def test_prompts_that_give_no_vector_are_refused() -> None:
     ids = tokens(model.config, 1, 3)[0]
     with pytest.raises(UserError, match="got 1 wanted and 0 unwanted"):
         steering_vector(model, 0, [ids], [])
-    with pytest.raises(UserError, match="a prompt has 3 tokens, and none at position 3"):
+    with pytest.raises(UserError, match="position 3 is not in a text of 3 tokens"):
         steering_vector(model, 0, [ids], [ids], position=3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([torch.tensor([1, 99])], "token ids must be between 0 and 30; got 1 to 99"),
+        ([torch.tensor([[1, 2]])], r"expected the token ids of one text, shape \(T,\); got \(1, 2\)"),
+        (torch.tensor([1, 2]), r"expected the token ids of one text, shape \(T,\); got \(\)"),
+    ],
+)
+@pytest.mark.parametrize("position", [-1, None])
+def test_prompts_that_the_model_cannot_take_are_refused(prompts: Sequence[Tensor], position: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        steering_vector(made(), 0, prompts, prompts, position)
+
+
+def test_prompts_may_be_the_rows_of_a_tensor() -> None:
+    model = made()
+    rows = tokens(model.config, 2, 3)
+    assert torch.equal(steering_vector(model, 0, rows, rows[:1]), steering_vector(model, 0, list(rows), [rows[0]]))  # type: ignore[arg-type]
+
+
+def test_dropout_that_is_on_is_refused() -> None:
+    model = noisy(shape(dropout=0.1)).train()
+    ids = tokens(model.config, 1, 3)[0]
+    with pytest.raises(UserError, match="the model is in training mode"):
+        steering_vector(model, 0, [ids], [ids])
+
+
+@pytest.mark.parametrize("positions", [[-1], [2, -3], [0.5]])
+def test_positions_that_are_never_reached_are_refused(positions: list[int]) -> None:
+    model = made()
+    with (
+        pytest.raises(UserError, match=r"positions must be whole numbers from 0 up, .*; got \["),
+        steer(model, 0, vector(model), positions=positions),
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_no_position_and_one_beyond_the_text_change_nothing_yet() -> None:
+    model = made()
+    ids = tokens(model.config, 1, T)
+    expected = model(ids)
+    for positions in ([], [99]):
+        with steer(model, 0, vector(model), positions=positions):
+            assert torch.equal(model(ids), expected)

@@ -60,5 +60,11 @@ def test_a_text_too_long_is_refused() -> None:
         bench_inspect(BenchInspect(preset="tiny", peer=False))
 
 
+def test_a_text_too_long_for_the_page_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(bench, "_workers")  # no model is made
+    with pytest.raises(UserError, match="tokens must be at most 256, which is what the timed page can show; got 257"):
+        bench_inspect(BenchInspect(tokens=257, peer=False))
+
+
 def test_the_peer_is_loaded_in_its_own_process_alone() -> None:
     assert "transformer_lens" not in sys.modules
