@@ -21,14 +21,9 @@ def figure(panels: int = 1, size: tuple[float, float] = (8, 4.5), share_y: bool 
 
 
 def save(drawn: Any, *paths: Path) -> list[Path]:
-    """Write a figure to every path, by its suffix. Characters that the font has not are written as their number, U+1F42E, and
-    none as mathematics."""
-    from matplotlib import rc_context
-
-    _make_drawable(drawn)
-    with rc_context({"text.parse_math": False}):  # of ticks, which are made while drawing
-        for path in paths:
-            drawn.savefig(path, dpi=120)
+    """Write a figure to every path, by its suffix."""
+    for path in paths:
+        drawn.savefig(path, dpi=120)
     return list(paths)
 
 
@@ -38,23 +33,15 @@ def save_both(drawn: Any, folder: Path, name: str) -> list[Path]:
 
 
 def label_axis(axis: Any, labels: Sequence[str], most: int = MOST_LABELS, **how: Any) -> None:
-    """Ticks 0, 1, 2 ... with these labels, or as many of them as there is room for. Ticks are drawn late, so `save` cannot mend
-    their characters: here they are."""
+    """Ticks 0, 1, 2 ... with these labels, or as many of them as there is room for, every character as it is."""
     shown = range(0, len(labels), -(-len(labels) // most) or 1)
     axis.set_ticks(shown, [drawable(labels[place]) for place in shown], **how)
 
 
-def _make_drawable(drawn: Any) -> None:
-    from matplotlib.text import Text
-
-    for text in drawn.findobj(Text):
-        text.set_text(drawable(text.get_text()))
-        text.set_parse_math(False)
-
-
 def drawable(text: str) -> str:
-    """Text without the characters that matplotlib's own font has no shape for."""
-    return "".join(c if c == "\n" or ord(c) in _shapes() else f"U+{ord(c):X}" for c in text)
+    """Any text for matplotlib: characters that its font has not as their number, U+1F42E, and dollars that mean no mathematics."""
+    whole = "".join(c if c == "\n" or ord(c) in _shapes() else f"U+{ord(c):X}" for c in text)
+    return whole.replace("$", r"\$")
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 from tiny import Run, caller
@@ -210,9 +211,15 @@ def test_long_prompts_have_pictures_of_a_size(inspect: Run, tmp_path: Path) -> N
 
 def test_dollars_are_no_mathematics(tmp_path: Path) -> None:
     figure, axes = charts.figure()
-    axes.set_xticks(range(3), ["$$", "$_$", r"$\foo$"])
-    axes.set_title("$a$ less $$")
-    assert charts.save(figure, tmp_path / "a.png", tmp_path / "a.svg")
+    charts.label_axis(axes.xaxis, ["$$", "$_$", r"$\foo$", "plain"])
+    axes.set_title(charts.drawable("$a$ less $$"))
+    axes.set_yscale("log")
+    with pytest.MonkeyPatch.context() as patch:  # texts as text, to be read
+        patch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+        charts.save(figure, tmp_path / "a.png", tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert all(f">{text}<" in drawn for text in ("$$", "$_$", r"$\foo$", "plain", "$a$ less $$"))
+    assert "mathdefault" not in re.sub(r"<!--.*?-->", "", drawn, flags=re.DOTALL)  # a log axis has powers, not their source
 
 
 def test_lens_and_autoencoder_are_trained_once(inspect: Run, numbers: Any, tmp_path: Path) -> None:
@@ -248,7 +255,7 @@ def test_a_page_is_one_file(inspect: Run, tmp_path: Path) -> None:
 
 
 def test_characters_without_a_shape_are_written_as_numbers() -> None:
-    assert drawable("ộ·↵ 中 🦕") == "ộ·↵ U+4E2D U+1F995"
+    assert drawable("ộ·↵ 中 🦕 $") == r"ộ·↵ U+4E2D U+1F995 \$"
 
 
 # ---------------------------------------------------------------------- wrong input

@@ -122,14 +122,14 @@ def draw(facts: dict[str, Any], names: tuple[str, str]) -> Any:
         [x["a"]["surprisal_bits"] or 0 for x in places],
         0.38,
         color=BLUE,
-        label=f"A {names[0]}",
+        label=charts.drawable(f"A {names[0]}"),
     )
     left.barh(
         [x["place"] + 0.2 for x in places],
         [x["b"]["surprisal_bits"] or 0 for x in places],
         0.38,
         color=ORANGE,
-        label=f"B {names[1]}",
+        label=charts.drawable(f"B {names[1]}"),
     )
     charts.label_axis(left.yaxis, [x["token"] for x in places])
     left.set(xlabel="surprisal, bits", title="How each saw the prompt coming")

@@ -78,7 +78,7 @@ def draw(facts: dict[str, Any], names: list[str]) -> Any:
         for place, top in enumerate(cells):
             ink = "white" if top["probability"] > 0.6 else "black"
             if T <= MOST_WRITTEN:
-                axes.text(place, row, top["token"][:12], ha="center", va="center", fontsize=8, color=ink)
+                axes.text(place, row, charts.drawable(top["token"][:12]), ha="center", va="center", fontsize=8, color=ink)
     charts.label_axis(axes.xaxis, facts["tokens"])
     charts.label_axis(axes.yaxis, names)
     axes.set_xlabel("token read")

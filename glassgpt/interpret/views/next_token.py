@@ -125,11 +125,13 @@ def draw_tree(root: Node, read: Read) -> Any:
             axes.plot(
                 (x, x + 0.35, cx - 0.3, cx), (y, cy, cy, cy), color=BLUE, alpha=0.6, linewidth=0.4 + 6 * child.path_probability
             )
-            axes.text(cx - 0.28, cy, f"{read.label(child.id)}  {percent(child.probability)}", fontsize=8, va="bottom")
+            axes.text(
+                cx - 0.28, cy, f"{charts.drawable(read.label(child.id))}  {percent(child.probability)}", fontsize=8, va="bottom"
+            )
             branch(child)
 
     branch(root)
-    axes.text(0, places[id(root)][1], "…" + read.label(root.id), fontsize=9, ha="right", weight="bold")
+    axes.text(0, places[id(root)][1], "…" + charts.drawable(read.label(root.id)), fontsize=9, ha="right", weight="bold")
     axes.set(xlim=(-0.6, depth + 0.3), ylim=(leaves, -1))
     axes.axis("off")
     return figure

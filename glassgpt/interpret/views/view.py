@@ -177,6 +177,6 @@ def heat_map(
     turned: dict[str, Any] = {"rotation": 60, "ha": "right"} if max(map(len, columns)) > 3 else {}
     charts.label_axis(axes.xaxis, columns, **turned)
     charts.label_axis(axes.yaxis, rows)
-    axes.set_title(heading, fontsize=11)
+    axes.set_title(charts.drawable(heading), fontsize=11)
     figure.colorbar(picture, label=colour_label)
     return figure

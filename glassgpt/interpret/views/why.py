@@ -73,5 +73,6 @@ def draw(parts: tuple[Part, ...], asked: str, total: float, logit: float) -> Any
     charts.label_axis(axes.yaxis, [part.name for part in parts], most=200)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_ylim(-0.8, len(parts) - 0.2)
-    axes.set(xlabel="adds to the logit", title=f"{asked}\nsum of all parts {total:+.4f}, the model's own {logit:+.4f}")
+    heading = f"{charts.drawable(asked)}\nsum of all parts {total:+.4f}, the model's own {logit:+.4f}"
+    axes.set(xlabel="adds to the logit", title=heading)
     return figure

@@ -87,7 +87,7 @@ def _samples(axes: Any, result: Result) -> None:
     axes.axis("off")
     top_p = max(result.config["top_p"])
     cells = result.at(top_p)
-    axes.set_title(f"After “{result.prompts[0]}”, top-p {top_p:g}", fontsize=11, loc="left")
+    axes.set_title(charts.drawable(f"After “{result.prompts[0]}”, top-p {top_p:g}"), fontsize=11, loc="left")
     most_lines = max(1, 32 // len(cells))
     for place, cell in enumerate(cells):
         y = 0.98 - place / len(cells)

@@ -76,5 +76,5 @@ def chart(model: GPT, tokenizer: Tokenizer, prompt: str, temperatures: Sequence[
             where, color = (height - 0.12, "white") if inside else (height + 0.015, "black")
             axes.text(where, place, f"{height:.3f}", va="center", fontsize=8, color=color)
     panels[0].invert_yaxis()
-    figure.suptitle(f"What comes after “…{prompt[-60:]}”", fontsize=11)
+    figure.suptitle(charts.drawable(f"What comes after “…{prompt[-60:]}”"), fontsize=11)
     charts.save(figure, path)
