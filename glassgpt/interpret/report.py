@@ -6,6 +6,7 @@ L layers, H heads, G heads of keys and values, T tokens of the prompt, V vocabul
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ class Report:
     surprises: tuple[Surprise | None, ...]
     """Of each token, None for the first."""
     heads: tuple[HeadScore, ...]
-    """Layer by layer, measured on random tokens, not on the prompt."""
+    """Layer by layer, measured on random tokens, not on the prompt; empty where the model has no room for those."""
     pattern: Tensor
     """Attention (L, H, T, T), row = query."""
     scores: Tensor | None
@@ -116,10 +117,13 @@ def collect(
     """Look at a prompt from all sides. `target` and `against` are the two likeliest next tokens when not given.
 
     Raises UserError for an empty prompt, one of more than MOST_TOKENS tokens or longer than the context, for a target that is
-    no token or equals `against`, for logits that are not finite, and as `usual_scores` and `attribute` do.
+    no token or equals `against`, for weights or logits that are not finite, and as `attribute` does.
     """
     ids = _ids(tokenizer, prompt).to(next(model.parameters()).device)
     step = _counter(progress, 6)
+    weights = tuple(weight_stats(model))
+    _check_finite(weights)
+    step()
     logits, attention = _run(model, ids)
     last = logits[-1, : tokenizer.vocab_size]  # (V,)
     if not last.isfinite().all():
@@ -127,13 +131,11 @@ def collect(
     order = last.argsort(descending=True, stable=True)
     target, against = _pair(order.tolist(), target, against)
     step()
-    heads = tuple(usual_scores(model, tokenizer))
+    heads = _scored(model, tokenizer)
     step()
-    layers = lens(model, ids, k=min(CANDIDATES, logits.size(1)))
+    layers = lens(model, ids, k=min(CANDIDATES, tokenizer.vocab_size), n_ids=tokenizer.vocab_size)
     step()
     attributions = attribute(model, ids, target), attribute(model, ids, target, against=against)
-    step()
-    weights = tuple(weight_stats(model))
     step()
     mentioned = [ids, layers.ids.flatten(), order[:SHOWN], torch.tensor([target, against])]
     labels = {token_id: label(tokenizer, token_id) for token_id in torch.cat([x.cpu() for x in mentioned]).unique().tolist()}
@@ -171,6 +173,23 @@ def _ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
     if len(ids) > MOST_TOKENS:
         raise UserError(f"the prompt has {len(ids)} tokens and the page shows {MOST_TOKENS} at most; shorten it")
     return torch.tensor(ids)
+
+
+def _check_finite(weights: tuple[WeightStats, ...]) -> None:
+    """Of every parameter: some may have no part in this prompt."""
+    for stats in weights:
+        if not all(math.isfinite(x) for x in (stats.mean, stats.std, stats.min, stats.max)):
+            raise UserError(
+                f"the numbers of {stats.name} are not all finite: the weights are broken, and there is nothing to show"
+            )
+
+
+def _scored(model: GPT, tokenizer: Tokenizer) -> tuple[HeadScore, ...]:
+    """The heads' scores; none where context or vocabulary are too small for the probe, which is no part of the prompt."""
+    try:
+        return tuple(usual_scores(model, tokenizer))
+    except UserError:
+        return ()
 
 
 def _is_fragment(tokenizer: Tokenizer, token_id: int) -> bool:

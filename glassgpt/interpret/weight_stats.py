@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glassgpt.interpret.attribution import linear_parts
 from glassgpt.model import GPT
-from glassgpt.model.lora import linears
 
 BINS = 40
 """Bars of a histogram of weights."""
@@ -43,11 +43,20 @@ class WeightStats:
 
 
 def weight_stats(model: GPT) -> Iterator[WeightStats]:
-    """Every parameter under every name, a tied head's too, in the order of the forward pass."""
+    """Every parameter under every name, a tied head's too, in the order of the forward pass.
+
+    A matrix with an adapter is what the network multiplies by: the two added up, under the matrix's own name.
+    """
     first_name: dict[torch.nn.Parameter, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for full_name, parameter in model.named_parameters(remove_duplicate=False):
+        if ".lora_" in full_name:
+            continue
+        name = full_name.replace(".base.", ".")
+        weight: Tensor = parameter
+        if full_name.endswith(".base.weight"):
+            weight, _ = linear_parts(model.get_submodule(full_name.removesuffix(".base.weight")), torch.float32)
         home = first_name.setdefault(parameter, name)
-        yield _stats(name, parameter.detach().float(), None if home == name else home)
+        yield _stats(name, weight.detach().float(), None if home == name else home)
 
 
 def _stats(name: str, weight: Tensor, tied_to: str | None) -> WeightStats:
@@ -66,11 +75,10 @@ def _stats(name: str, weight: Tensor, tied_to: str | None) -> WeightStats:
 def head_slabs(model: GPT) -> Tensor:
     """Root mean square of each block of each head's rows of Q | K | V: (L, H + 2G, *SLAB), fewer where a matrix is smaller."""
     parts = model.config.n_head + 2 * model.config.kv_heads
-    matrices = linears(model)
     found = []
     for layer in range(model.config.n_layer):
-        weight = matrices[f"blocks.{layer}.attn.qkv"].weight.detach().float()  # ((H + 2G) W, D)
-        by_head = weight.view(parts, -1, weight.size(1))  # (H + 2G, W, D)
+        weight, _ = linear_parts(model.get_submodule(f"blocks.{layer}.attn.qkv"), torch.float32)  # ((H + 2G) W, D)
+        by_head = weight.detach().view(parts, -1, weight.size(1))  # (H + 2G, W, D)
         size = (min(SLAB[0], by_head.size(1)), min(SLAB[1], by_head.size(2)))
         found.append(F.adaptive_avg_pool2d(by_head.square(), size).sqrt().cpu())
     return torch.stack(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import exact
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from glassgpt.config.generate import Sampling
+from glassgpt.config.model import MoeConfig
 from glassgpt.generation.sampling import distribution, entropy
 from glassgpt.interpret.html import page
 from glassgpt.interpret.report import Report, collect
@@ -146,6 +148,20 @@ def test_sliders_cut_tokens(opened: Opened, report: Report) -> None:
     assert view.locator("#next-table .cut").count() == 0
 
 
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_nothing_is_left_for_the_others_where_all_kept_tokens_are_shown(opened: Opened, k: int) -> None:
+    row = opened(f"language=en&topK={k}").locator("#next-table tfoot .rest")
+    assert row.locator("td").all_inner_texts() == ["×", "0%"]
+
+
+def test_numbers_are_written_as_one_would(opened: Opened) -> None:
+    code = (
+        "[scientific(9.97e-10), scientific(-2.34e-5), scientific(1e-300), scientific(0), fixed(-0.001), fixed(-0.01), short(0)]"
+    )
+    wanted = ["1 × 10⁻⁹", "−2.3 × 10⁻⁵", "1 × 10⁻³⁰⁰", "0 × 10⁰", "0.00", "−0.01", "0"]
+    assert opened().evaluate(code) == wanted
+
+
 def test_arrays_are_read_as_they_were_written(opened: Opened, report: Report) -> None:
     view = opened()
     halves = np.arange(65536, dtype="<u2").view("<f2").astype(np.float64)
@@ -217,10 +233,52 @@ def test_a_link_brings_back_the_selection(opened: Opened) -> None:
         assert view.evaluate("getComputedStyle(document.documentElement).colorScheme") == "dark"
 
 
+def test_first_places_are_in_the_link_too(opened: Opened) -> None:
+    first = opened("language=en&layer=1&head=4&key=3")
+    first.evaluate("change({ layer: 0, head: 0, key: 0, topK: 3 })")
+    second = opened(first.url.partition("#")[2])
+    assert second.evaluate("[state.layer, state.head, state.key, state.topK]") == [0, 0, 0, 3]
+    assert second.evaluate("bestHead()") != {"layer": 0, "head": 0}  # where a link that leaves them out leads
+
+
+def followed(view: Page, address: str) -> None:
+    """Another link in the same tab."""
+    view.evaluate(
+        "address => new Promise((done) => { addEventListener('hashchange', done, { once: true }); location.hash = address; })",
+        address,
+    )
+
+
+def test_another_link_in_the_same_tab_starts_anew(opened: Opened) -> None:
+    view = opened("language=en&position=3&temperature=2&theme=dark")
+    followed(view, "layer=1&language=vi")
+    best = view.evaluate("bestHead()")
+    names = "[state.position, state.temperature, state.theme, state.layer, state.head, state.language]"
+    assert view.evaluate(names) == [view.evaluate("T - 1"), 1, "system", 1, best["head"], "vi"]
+    assert view.locator("html").get_attribute("lang") == "vi"
+
+
+def test_a_link_to_a_section_keeps_the_selection_and_draws_nothing(opened: Opened) -> None:
+    view = opened("language=en")
+    view.evaluate("change({ position: 9, layer: 1, head: 2, key: 4 })")
+    before = view.evaluate("({ ...state })")
+    view.evaluate("watchers.push({ names: [], draw: () => { throw new Error('drawn') } })")
+    top = view.evaluate("""() => new Promise((done) => {
+        addEventListener("scrollend", () => done(find("weights").getBoundingClientRect().top));
+        document.querySelector('nav a[href="#weights"]').click();
+    })""")
+    assert 0 < top < 300  # under the ribbon
+    assert view.evaluate("({ ...state })") == before
+    assert opened(view.url.partition("#")[2]).evaluate("({ ...state })") == before
+
+
 def test_nonsense_in_a_link_is_left_out(opened: Opened) -> None:
-    view = opened("language=xx&position=999&layer=-1&head=a&temperature=9&stage=no&what=1")
+    view = opened(
+        "language=xx&position=999&layer=-1&head=a&temperature=9&stage=no&what=1&__proto__=1&constructor=x&toString=&hasOwnProperty=2"
+    )
     state = view.evaluate("state")
     assert (state["language"], state["temperature"], state["stage"]) == ("en", 1, "pattern")
+    assert view.locator("#heads .cell").count() == 18 and "constructor" not in state
 
 
 # ---------------------------------------------------------------------- words, looks
@@ -362,3 +420,65 @@ def test_a_model_whose_every_arrow_is_known(browser: Browser, tmp_path: Path) ->
     score, control = (float(text) for text in view.locator('#badges [data-measure="induction"] b').all_inner_texts())
     assert score > 0.97 and control < 0.1
     view.close()
+
+
+@pytest.fixture
+def shown(browser: Browser, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Callable[..., Page]]:
+    """The page of another model, at 1280 pixels."""
+    views, errors = [], []
+
+    def start(address: str, prompt: str = PROMPT, **shape: Any) -> Page:
+        model = exact.noisy(exact.shape(**{"vocab_size": 300, "context_tokens": 80} | shape), torch.float32)
+        file = tmp_path / "page.html"
+        file.write_text(page(collect(model, tokenizer, prompt, name="other")), encoding="utf-8")
+        view = browser.new_page(viewport={"width": 1280, "height": 900})
+        view.on("pageerror", lambda error: errors.append(str(error)))
+        view.goto(f"{file.as_uri()}#{address}")
+        views.append(view)
+        return view
+
+    yield start
+    for view in views:
+        view.close()
+    assert errors == []
+
+
+def test_sixteen_heads_have_room(shown: Callable[..., Page]) -> None:
+    view = shown("language=en", n_head=16, width=32, n_layer=2)
+    overlaps = """() => {
+        const boxes = [...document.querySelectorAll("#heads [role=columnheader]")].map((node) => {
+            const range = document.createRange();
+            range.selectNodeContents(node);
+            return range.getBoundingClientRect();
+        });
+        return boxes.filter((box, i) => i && box.left < boxes[i - 1].right + 1).length;
+    }"""
+    assert view.evaluate(overlaps) == 0
+    view.evaluate("document.querySelectorAll('#heads [role=columnheader]').forEach((node) => node.prepend('H'))")
+    assert view.evaluate(overlaps) > 0  # the check sees names that are too long
+    view.evaluate("change({ sort: 'induction' })")
+    assert view.evaluate("[...document.querySelectorAll('.heads')].map((box) => box.scrollWidth - box.clientWidth)") == [0]
+    scores = [float(text) for text in view.locator("#heads .cell b").all_inner_texts()]
+    assert len(scores) == 32 and scores == sorted(scores, reverse=True)
+    view.locator("#heads .cell").first.focus()
+    view.locator("#heads .cell").first.click()
+    view.keyboard.press("ArrowDown")
+    second_row = view.locator("#heads [role=row]").nth(1).locator(".cell").first
+    assert second_row.get_attribute("aria-selected") == "true"
+
+
+def test_a_capped_mixture_too_short_for_scores(shown: Callable[..., Page]) -> None:
+    moe = MoeConfig(experts=3, shared=1)
+    view = shown("language=vi&sort=induction", "the", context_tokens=5, logit_cap=9.0, moe=moe)
+    assert view.evaluate("[state.layer, state.head, state.sort]") == [0, 0, "layer"]
+    assert view.locator("#badges > *").count() == 0
+    assert view.locator("#badges-note").inner_text().startswith("Các head không có điểm")
+    assert view.locator("#heads .cell").first.get_attribute("aria-label") == "L0 H0"
+    bars = view.locator("#why-bars").inner_text()
+    assert "chuyên gia dùng chung 0" in bars and "expert" not in bars
+    for pair, label in enumerate(
+        ["logit của mô hình, trước khi bị giới hạn", "hiệu hai logit của mô hình, trước khi bị giới hạn"]
+    ):
+        view.locator("#pairs button").nth(pair).click()
+        assert view.locator("#why-sum .equals").inner_text() == "="
+        assert view.locator("#why-sum span small").all_inner_texts()[1] == label

@@ -17,10 +17,11 @@ import torch
 
 from glassgpt.config import UserError
 from glassgpt.config.model import MoeConfig
+from glassgpt.config.tuning import LoraConfig
 from glassgpt.interpret.html import LANGUAGES, SCRIPTS, page, payload
 from glassgpt.interpret.report import SCORED_TOKENS, Report, collect
 from glassgpt.interpret.weight_stats import BINS
-from glassgpt.model import GPT
+from glassgpt.model import GPT, lora
 from glassgpt.text import Tokenizer
 
 PROMPT = "the cat sat. Tiếng Việt 😀"
@@ -244,3 +245,33 @@ def test_broken_weights_are_named(tokenizer: Tokenizer) -> None:
         model.norm_f.weight[0] = float("nan")
     with pytest.raises(UserError, match="not all finite"):
         collect(model, tokenizer, PROMPT, name="tiny")
+
+
+def test_a_broken_weight_that_the_prompt_does_not_use_is_named(tokenizer: Tokenizer) -> None:
+    model = model_of()
+    with torch.no_grad():
+        model.position_embedding.weight[70, 0] = float("nan")
+    with pytest.raises(UserError, match=r"the numbers of position_embedding\.weight are not all finite"):
+        collect(model, tokenizer, PROMPT, name="tiny")
+
+
+def test_adapters_are_added_up(tokenizer: Tokenizer) -> None:
+    """An adapter beside its matrix, the two in one, and (what must be told from them) the matrix alone."""
+    model, base = model_of(), model_of()
+    lora.add(model, LoraConfig(rank=2, targets=("qkv", "up")), seed=0)
+    with torch.no_grad():
+        for number in lora.adapters(model).values():
+            number += 0.3
+    beside = collect(model, tokenizer, PROMPT, name="tiny")
+    merged = collect(lora.merge(model), tokenizer, PROMPT, name="tiny")
+    alone = collect(base, tokenizer, PROMPT, name="tiny")
+    assert [stats.name for stats in beside.weights] == [stats.name for stats in alone.weights]
+    assert sum(stats.count for stats in beside.weights) == beside.anatomy.parameters
+    assert [stats.std for stats in beside.weights] == pytest.approx([stats.std for stats in merged.weights], abs=1e-6)
+    torch.testing.assert_close(beside.slabs, merged.slabs, atol=1e-6, rtol=0)
+    assert (beside.slabs - alone.slabs).abs().max() > 0.01
+
+
+def test_heads_without_room_for_their_test_have_no_scores(tokenizer: Tokenizer) -> None:
+    found = collect(exact.noisy(exact.shape(vocab_size=300, context_tokens=5), torch.float32), tokenizer, "the", name="short")
+    assert found.heads == () and found.as_json()["heads"] == []

@@ -48,5 +48,17 @@ function lensCell(row, position) {
   return { top, rank: lens.rank[cell], kl: lens.kl_bits[cell], entropy: lens.entropy_bits[cell] };
 }
 
-const headScore = (layer, head) => report.heads[layer * H + head];
+/** Heads with their scores, layer by layer; only their places where the model has no room for the test that scores them. */
+const isScored = report.heads.length > 0;
+const heads = isScored
+  ? report.heads
+  : Array.from({ length: L * H }, (_, i) => ({ layer: Math.floor(i / H), head: i % H }));
+const headScore = (layer, head) => heads[layer * H + head];
+
+/** The head with the highest induction score, the first where there are no scores. */
+function bestHead() {
+  const { layer, head } = heads.reduce((a, b) => (b.induction > a.induction ? b : a));
+  return { layer, head };
+}
+
 const label = (id) => report.labels[id];

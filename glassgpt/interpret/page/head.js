@@ -3,6 +3,8 @@
 function drawBadges() {
   const score = headScore(state.layer, state.head);
   find("head-title").textContent = headName(state.layer, state.head);
+  find("badges-note").textContent = t(isScored ? "attention.control" : "attention.unscored");
+  if (!isScored) return;
   const measured = MEASURES.map((name) => badge(name, score[name], score[`${name}_control`]));
   const plain = [
     tile("sort.entropy_bits", fixed(score.entropy_bits), t("bits")),

@@ -1,18 +1,26 @@
 // All heads at once: one small picture each, in the order of layers or of a score.
 
-const SORTS = ["layer", "induction", "previous", "duplicate", "entropy_bits"];
+const SORTS = isScored ? ["layer", "induction", "previous", "duplicate", "entropy_bits"] : ["layer"];
+const MOST_ACROSS = 5; // heads beside each other in the order of a score: more would need scrolling sideways
+const LONG_NAMES = 12; // heads in a layer up to which there is room for H in front of their numbers
 const MEASURES = ["induction", "previous", "duplicate"];
 const headName = (layer, head) => `L${layer} H${head}`;
-const headLabel = (score) =>
-  `${headName(score.layer, score.head)}, ${t("heads.scores", Object.fromEntries(MEASURES.map((name) => [name, fixed(score[name])])))}`;
+
+function headLabel(score) {
+  const name = headName(score.layer, score.head);
+  if (!isScored) return name;
+  return `${name}, ${t("heads.scores", Object.fromEntries(MEASURES.map((measure) => [measure, fixed(score[measure])])))}`;
+}
 
 const axis = (role, text) => make("span", { role, class: "axis", translate: "no" }, text);
 
+const columns = () => (state.sort === "layer" ? H : Math.min(H, MOST_ACROSS));
+
 /** The heads as they are shown, row by row. */
 function sortedHeads() {
-  if (state.sort === "layer") return report.heads;
+  if (state.sort === "layer") return heads;
   const sign = state.sort === "entropy_bits" ? 1 : -1; // sharp heads first, high scores first
-  return [...report.heads].sort((a, b) => sign * (a[state.sort] - b[state.sort]));
+  return [...heads].sort((a, b) => sign * (a[state.sort] - b[state.sort]));
 }
 
 /** A T x T picture of one head at a stage. */
@@ -21,27 +29,43 @@ function picture(stage, layer, head) {
   canvas.width = canvas.height = T;
   const image = new ImageData(T, T);
   const pixels = new Uint32Array(image.data.buffer);
-  const pixel = pixelOf(stage, layer, head);
-  for (let query = 0; query < T; query++)
-    for (let key = 0; key < T; key++) pixels[query * T + key] = pixel(attention(stage, layer, head, query, key));
+  if (stage === "pattern") paintWeights(pixels, layer, head);
+  else paintScores(pixels, stage, layer, head);
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
+}
+
+const thumbnails = new Map(); // by theme and head: another order or language moves them
+
+function thumbnail(layer, head) {
+  const key = `${colourScheme()} ${headName(layer, head)}`;
+  if (!thumbnails.has(key)) thumbnails.set(key, picture("pattern", layer, head));
+  return thumbnails.get(key);
 }
 
 const STEPS = 255; // of the colours of weights
 const packed = ([red, green, blue]) => (255 << 24) | (Math.round(blue) << 16) | (Math.round(green) << 8) | Math.round(red);
 const palettes = {}; // by theme: every picture needs it
 
-/** What pixel a number of this head becomes at a stage. */
-function pixelOf(stage, layer, head) {
-  if (stage === "pattern") {
-    const theme = colourScheme();
-    palettes[theme] ??= Uint32Array.from({ length: STEPS + 1 }, (_, i) => packed(weightColour(i / STEPS)));
-    return (p) => palettes[theme][Math.round(p * STEPS)];
-  }
+/** All heads are drawn at once, so this runs along the stored triangle, without a call for every number. */
+function paintWeights(pixels, layer, head) {
+  const theme = colourScheme();
+  palettes[theme] ??= Uint32Array.from({ length: STEPS + 1 }, (_, i) => packed(weightColour(i / STEPS)));
+  const palette = palettes[theme];
+  pixels.fill(palette[0]);
+  let i = ((layer * H + head) * T * (T + 1)) / 2;
+  for (let query = 0; query < T; query++)
+    for (let key = 0; key <= query; key++) pixels[query * T + key] = palette[Math.round(stages.pattern[i++] * STEPS)];
+}
+
+function paintScores(pixels, stage, layer, head) {
   const hidden = packed(hiddenColour());
   const most = largestScore(stage, layer, head);
-  return (x) => (x === -Infinity ? hidden : packed(diverging(x / most)));
+  for (let query = 0; query < T; query++)
+    for (let key = 0; key < T; key++) {
+      const x = attention(stage, layer, head, query, key);
+      pixels[query * T + key] = x === -Infinity ? hidden : packed(diverging(x / most));
+    }
 }
 
 function largestScore(stage, layer, head) {
@@ -55,16 +79,17 @@ function largestScore(stage, layer, head) {
 }
 
 function drawHeads() {
-  const heads = sortedHeads();
+  const shown = sortedHeads();
   const isByLayer = state.sort === "layer";
-  const rows = Array.from({ length: L }, (_, row) => heads.slice(row * H, (row + 1) * H));
+  const across = columns();
+  const rows = Array.from({ length: Math.ceil(shown.length / across) }, (_, i) => shown.slice(i * across, (i + 1) * across));
   const header = isByLayer
     ? [
         make(
           "div",
           { role: "row", class: "row" },
           make("span", { class: "corner" }),
-          ...Array.from({ length: H }, (_, h) => axis("columnheader", `H${h}`)),
+          ...Array.from({ length: H }, (_, h) => axis("columnheader", H > LONG_NAMES ? h : `H${h}`)),
         ),
       ]
     : [];
@@ -78,7 +103,7 @@ function drawHeads() {
   );
   const box = find("heads");
   const hadFocus = box.contains(document.activeElement);
-  box.style.setProperty("--columns", H);
+  box.style.setProperty("--columns", across);
   box.closest(".attention").classList.toggle("many", H > 8);
   box.classList.toggle("ranked", !isByLayer);
   box.replaceChildren(...header, ...cells);
@@ -87,7 +112,7 @@ function drawHeads() {
 
 function headCell(score) {
   const isSelected = score.layer === state.layer && score.head === state.head;
-  const image = picture("pattern", score.layer, score.head);
+  const image = thumbnail(score.layer, score.head);
   image.setAttribute("aria-hidden", "true");
   const value = score[state.sort];
   const caption =
@@ -128,12 +153,12 @@ function startHeads() {
   watch(["sort"], drawHeads);
   watch(["layer", "head"], markHead);
   find("heads").addEventListener("keydown", (event) => {
-    const heads = sortedHeads();
-    const here = heads.findIndex(({ layer, head }) => layer === state.layer && head === state.head);
+    const shown = sortedHeads();
+    const here = shown.findIndex(({ layer, head }) => layer === state.layer && head === state.head);
     if (event.key === "Enter") find("pattern").focus();
-    const next = moved(event, here, H, heads.length);
+    const next = moved(event, here, columns(), shown.length);
     if (next === null) return;
     event.preventDefault();
-    change({ layer: heads[next].layer, head: heads[next].head });
+    change({ layer: shown[next].layer, head: shown[next].head });
   });
 }

@@ -26,15 +26,15 @@ const formats = new Map();
 
 function formatted(x, options) {
   const key = language + JSON.stringify(options);
-  if (!formats.has(key)) formats.set(key, new Intl.NumberFormat(t("locale"), options));
+  if (!formats.has(key)) formats.set(key, new Intl.NumberFormat(t("locale"), { signDisplay: "negative", ...options })); // no −0
   return formats.get(key).format(x).replaceAll("-", "−");
 }
 
 /** 1.2 × 10⁻⁴. */
 function scientific(x) {
-  const exponent = x === 0 ? 0 : Math.floor(Math.log10(Math.abs(x)));
+  const [mantissa, exponent] = x.toExponential(1).split("e").map(Number); // rounded, so never 10
   const raised = String(exponent).replace(/./g, (c) => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]));
-  return `${formatted(x / 10 ** exponent, { maximumFractionDigits: 1 })} × 10${raised}`;
+  return `${formatted(mantissa, { maximumFractionDigits: 1 })} × 10${raised}`;
 }
 
 const whole = (x) => formatted(x, { maximumFractionDigits: 0 });

@@ -55,15 +55,14 @@ function onKey(event) {
   change({ layer: Math.min(L - 1, Math.max(0, state.layer + step)) });
 }
 
-/** The language of the address, else the first of the browser's that there is, else English. */
-function firstLanguage() {
-  return navigator.languages.map((name) => name.split("-")[0]).find((name) => name in WORDS) ?? "en";
+/** Another link in the same tab. One to a section is not a selection: the browser scrolls, and the address is mended. */
+function onLink() {
+  if (!find(location.hash.slice(1))) change(linkedState());
+  writeAddress();
 }
 
 function start() {
-  const best = report.heads.reduce((a, b) => (b.induction > a.induction ? b : a));
-  Object.assign(state, { language: firstLanguage(), layer: best.layer, head: best.head });
-  readAddress();
+  Object.assign(state, linkedState());
   document.body.append(
     make(
       "div",
@@ -88,12 +87,7 @@ function start() {
   for (const { draw } of watchers) draw();
   document.addEventListener("keydown", onKey);
   system.addEventListener("change", () => watchers.forEach(({ draw }) => draw()));
-  addEventListener("hashchange", () => {
-    readAddress();
-    showTheme();
-    setLanguage(state.language);
-    for (const { draw } of watchers) draw();
-  });
+  addEventListener("hashchange", onLink);
   new ResizeObserver(([entry]) =>
     document.documentElement.style.setProperty("--ribbon", `${entry.target.offsetHeight}px`),
   ).observe(find("tokens"));

@@ -70,15 +70,14 @@ function drawSliders() {
 function drawNext() {
   const p = distribution(logits, state, order);
   const shown = report.likeliest;
-  const mass = shown.reduce((sum, id) => sum + p[id], 0);
-  const rest = p.reduce((sum, x) => sum + x, 0) - mass;
+  const rest = order.subarray(shown.length).reduce((sum, id) => sum + p[id], 0); // not 1 less the shown: that leaves roundings
   const kept = p.reduce((count, x) => count + (x > 0), 0);
   const most = Math.max(rest, ...shown.map((id) => p[id]));
   const keptRest = kept - shown.filter((id) => p[id] > 0).length;
   drawNextRows(
     shown.map((id) => [id, p[id]]),
     most,
-    Math.max(0, rest),
+    rest,
     keptRest,
   );
   const bits = entropyBits(p);

@@ -1,13 +1,12 @@
 // One selection that every view follows, kept in the address so that a link reproduces it.
 
 const THEMES = ["system", "light", "dark"];
-const state = {
-  language: "en",
+const START = {
+  language: firstLanguage(),
   theme: "system",
   position: T - 1, // of the selected token: the query
-  key: 0, // the position that it is held against
-  layer: 0,
-  head: 0,
+  key: 0, // the position that it is held against; where the query looks most, if nobody chose one
+  ...bestHead(), // layer and head
   row: L, // of the lens
   stage: "pattern",
   sort: "layer",
@@ -16,7 +15,8 @@ const state = {
   topK: 0,
   topP: 1,
 };
-const START = { ...state, language: null }; // a language is written into every link
+const ALWAYS = ["language", "layer", "head", "key"]; // written into every link; the others when they are not as at the start
+const state = { ...START };
 const watchers = [];
 
 /** Call `draw` when one of these parts of the state changes, and for another language or theme. */
@@ -43,12 +43,12 @@ function showTheme() {
 }
 
 function writeAddress() {
-  const changed = Object.entries(state).filter(([name, value]) => value !== START[name]);
-  history.replaceState(null, "", changed.length ? `#${new URLSearchParams(changed)}` : "#");
+  const told = Object.entries(state).filter(([name, value]) => ALWAYS.includes(name) || value !== START[name]);
+  history.replaceState(null, "", `#${new URLSearchParams(told)}`);
 }
 
-/** What a link asks for, as far as this report has it. */
-function readAddress() {
+/** The state that a link asks for, as far as this report has it; the rest is as at the start. */
+function linkedState() {
   const limits = {
     position: T - 1,
     key: T - 1,
@@ -61,15 +61,21 @@ function readAddress() {
     topP: 1,
   };
   const choices = { language: Object.keys(WORDS), theme: THEMES, stage: STAGES, sort: SORTS };
-  const address = new URLSearchParams(location.hash.slice(1));
-  for (const [name, text] of address) {
-    const isNumber = name in limits && text !== "" && Number(text) >= 0 && Number(text) <= limits[name];
-    if (choices[name]?.includes(text)) state[name] = text;
+  const asked = { ...START, key: null };
+  for (const [name, text] of new URLSearchParams(location.hash.slice(1))) {
+    const isNumber = Object.hasOwn(limits, name) && text !== "" && Number(text) >= 0 && Number(text) <= limits[name];
+    if (Object.hasOwn(choices, name) && choices[name].includes(text)) asked[name] = text;
     else if (isNumber)
-      state[name] =
+      asked[name] =
         name === "temperature" ? Number(text) : name === "topP" ? Math.max(0.01, Number(text)) : Math.floor(Number(text));
   }
-  if (!address.has("key")) state.key = strongest(state.position, state.layer, state.head);
+  asked.key ??= strongest(asked.position, asked.layer, asked.head);
+  return asked;
+}
+
+/** The language of the browser, the first of them that there is, else English. */
+function firstLanguage() {
+  return navigator.languages.map((name) => name.split("-")[0]).find((name) => name in WORDS) ?? "en";
 }
 
 // ---------------------------------------------------------------------- elements

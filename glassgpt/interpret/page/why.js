@@ -2,6 +2,7 @@
 
 const PAIRS = [0, 1];
 const MOST_BARS = 14;
+const MODELS = config.logit_cap === null ? ["why.logit", "why.lead"] : ["why.logit.uncapped", "why.lead.uncapped"]; // by pair
 const sumOf = (parts) => parts.reduce((sum, part) => sum + part.value, 0);
 const partColour = (value, most) => diverging(Math.sign(value) * Math.sqrt(Math.abs(value) / most));
 
@@ -13,6 +14,8 @@ function partName({ kind, layer, index, name }) {
   if (kind === "mlp") return term(`L${layer} MLP`);
   if (kind === "attn_bias" || kind === "mlp_bias")
     return make("span", {}, term(`L${layer} ${kind === "attn_bias" ? "attn" : "MLP"}`), " ", t("part.bias"));
+  if (kind === "expert" || kind === "shared_expert")
+    return make("span", {}, term(`L${layer}`), " ", t(`part.${kind}`, { index: whole(index) }));
   return term(name);
 }
 
@@ -31,17 +34,8 @@ function drawSum({ parts, total, logit }) {
   const difference = make("small", {}, ...sentence("why.difference", { difference: term(short(Math.abs(total - logit))) }));
   find("why-sum").replaceChildren(
     make("span", {}, make("small", {}, t("why.total", { count: whole(parts.length) })), written),
-    make(
-      "span",
-      { class: "equals", "aria-hidden": "true" },
-      config.logit_cap === null && Math.abs(total - logit) < 0.005 ? "=" : "≈",
-    ),
-    make(
-      "span",
-      {},
-      make("small", {}, t(config.logit_cap === null ? (state.pair ? "why.lead" : "why.logit") : "why.uncapped")),
-      real,
-    ),
+    make("span", { class: "equals", "aria-hidden": "true" }, Math.abs(total - logit) < 0.005 ? "=" : "≈"),
+    make("span", {}, make("small", {}, t(MODELS[state.pair])), real),
     difference,
   );
 }
