@@ -39,7 +39,7 @@ def label_axis(axis: Any, labels: Sequence[str], most: int = MOST_LABELS, **how:
 
 
 def drawable(text: str) -> str:
-    """Any text for matplotlib: characters that its font has not as their number, U+1F42E, and dollars that mean no mathematics."""
+    """Any text for matplotlib: characters that its font has not as their number, U+1F42E, and dollars that are no mathematics."""
     whole = "".join(c if c == "\n" or ord(c) in _shapes() else f"U+{ord(c):X}" for c in text)
     return whole.replace("$", r"\$")
 
