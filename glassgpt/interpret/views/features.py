@@ -68,7 +68,7 @@ def _shown(facts: dict[str, Any]) -> tuple[Any, ...]:
     rows = table(">feature", ">strength", "strongest at", "elsewhere")
     for feature in facts["features"]:
         elsewhere = Text("\n").join(
-            Text.assemble(c["before"][-30:], (c["token"], "bold blue"), c["after"][:16]) for c in feature["contexts"]
+            Text.assemble(c["before"][-28:], (f"«{c['token']}»", "bold blue"), c["after"][:16]) for c in feature["contexts"]
         )
         where = Text.assemble(feature["token"], (f"  (token {feature['strongest_at']})", "dim"))
         rows.add_row(str(feature["feature"]), f"{max(feature['codes']):.2f}", where, elsewhere)
