@@ -21,7 +21,7 @@ from glassgpt.interpret.attribution import checked
 from glassgpt.interpret.hooks import Edit, capture, edit
 from glassgpt.model import GPT, Block, Where
 
-PIECE_TOKENS = 256
+PIECE_TOKENS = 128
 """Tokens of the runs that are made together, and of those that go through a block at once: bounds the memory."""
 HEAD_TOKENS = 16
 """Positions whose logits are held at once."""

@@ -145,6 +145,7 @@ Job = Callable[[], Tensor]
 @contextlib.contextmanager
 def _workers(shape: ModelConfig, config: BenchInspect, threads: int) -> Iterator[dict[str, Connection]]:
     """A pipe to each system's process."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}  # read when modules are imported
     spawn, pipes, processes = get_context("spawn"), {}, []
     try:
         for system in ("glassgpt", PEER) if config.peer else ("glassgpt",):
@@ -231,7 +232,6 @@ def _words(count: int) -> Tokenizer:
 
 def _theirs(shape: ModelConfig, config: BenchInspect) -> dict[str, Job]:
     """`TransformerBridge` on the same weights, nothing folded or centred, and its `get_act_patch_resid_pre`."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}  # read at import
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.patching import get_act_patch_resid_pre
 
