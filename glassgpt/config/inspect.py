@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from glassgpt.config.errors import UserError, check_at_least, check_choices, check_seed
 from glassgpt.config.generate import Sampling
 
-VIEWS = ("attention", "heads", "lens", "why", "next", "tree", "patch", "trace", "sae")
+VIEWS = ("attention", "heads", "lens", "why", "next", "tree", "patch", "trace", "ablate", "sae")
 """The views beside the summary, each asked for by the flag of its name; --compare is one too, or shows another for two models."""
 USED_BY = {
     "stage": ("attention",),
@@ -21,12 +21,13 @@ USED_BY = {
     "sae_features": ("sae",),
     "sae_kind": ("sae",),
     "tuned_lens": ("lens",),
-    "source": ("sae", "lens"),
+    "source": ("sae", "lens", "ablate"),
     "steps": ("sae", "lens"),
-    "answer": ("summary", "page", "why", "patch", "trace"),
-    "against": ("summary", "page", "why", "patch"),
+    "answer": ("summary", "page", "why", "patch", "trace", "ablate"),
+    "against": ("summary", "page", "why", "patch", "ablate"),
+    "neurons": ("why",),
     "position": ("why", "next"),
-    "top": ("summary", "lens", "why", "next", "compare", "sae"),
+    "top": ("summary", "lens", "why", "next", "compare", "ablate", "sae"),
     "width": ("tree",),
     "depth": ("tree",),
     "sampling": ("summary", "next", "tree"),
@@ -42,9 +43,9 @@ USED_BY = {
 class Inspect:
     """Look inside a model while it reads a prompt: tokens, attention, what each layer expects, why the next token is likely.
 
-    Without a view the summary is shown. Views: --attention, --heads, --lens, --why, --next, --tree, --patch, --trace, --sae; and
-    --compare, alone or with a view, for two models. --html writes the whole as one page that needs no network; --png and --svg
-    draw the view, --json prints its numbers.
+    Without a view the summary is shown. Views: --attention, --heads, --lens, --why, --next, --tree, --patch, --trace, --ablate,
+    --sae; and --compare, alone or with a view, for two models. --html writes the whole as one page that needs no network; --png
+    and --svg draw the view, --json prints its numbers.
     """
 
     model: Annotated[str | None, Positional, arg(metavar="MODEL")] = None
@@ -66,6 +67,8 @@ class Inspect:
     """View: what every layer would say comes next (logit lens; with --tuned-lens the trained one)."""
     why: bool = False
     """View: what each part of the model adds to the logit of --answer (the likeliest token when not given), less --against's."""
+    neurons: bool = False
+    """--why: also the neurons that add most."""
     next: bool = False
     """View: the distribution of the next token over the whole vocabulary, from logit to probability, with the sampling flags."""
     tree: bool = False
@@ -80,6 +83,9 @@ class Inspect:
     """View: causal tracing. This part of the prompt is hidden by noise, and states are restored one by one; needs --answer."""
     noise_samples: int = 10
     """Draws of the noise, whose mean is shown."""
+    ablate: Literal["zero", "mean", "resample"] | None = None
+    """View: what the model loses without each head and each MLP: nothing in its place, its mean, or what it does in another text
+    (of --source). The loss of the prompt is measured, or what is said of --answer and --against."""
     sae: str | None = None
     """View: features of the sparse autoencoder in this folder. Where there is none it is trained first, on --source."""
     sae_at: str | None = None
@@ -91,11 +97,11 @@ class Inspect:
     tuned_lens: str | None = None
     """Use the tuned lens in this folder with --lens. Where there is none it is trained first, on --source."""
     source: tuple[str, ...] = ()
-    """Text (files, folders, hf:...) to train an autoencoder or a tuned lens on."""
+    """Text (files, folders, hf:...) to train an autoencoder or a tuned lens on, or to take an ablation's values from."""
     steps: int | None = None
     """Steps of such a training (default 500)."""
     answer: str | None = None
-    """The next token that --why, --patch, --trace and the page ask for, as text: " Mary"."""
+    """The next token that --why, --patch, --trace, --ablate and the page ask for, as text: " Mary"."""
     against: str | None = None
     """The token whose logit is subtracted."""
     position: int = -1

@@ -18,7 +18,7 @@ from glassgpt.data.progress import steps
 from glassgpt.generation.writer import read_prompts
 from glassgpt.interpret.html import page
 from glassgpt.interpret.report import collect
-from glassgpt.interpret.views import attention, compare, features, heads, lens, next_token, patch, summary, why
+from glassgpt.interpret.views import ablate, attention, compare, features, heads, lens, next_token, patch, summary, why
 from glassgpt.interpret.views.view import Read, View, encode, rule, token_id
 from glassgpt.loading import load, pick_device
 
@@ -33,6 +33,7 @@ VIEWS: dict[str, Callable[[Inspect, Read], View]] = {
     "compare": compare.view,
     "patch": patch.patch,
     "trace": patch.trace,
+    "ablate": ablate.ablate,
     "sae": features.view,
 }
 WITHOUT_PROMPT = ("heads", "patch")

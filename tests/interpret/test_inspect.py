@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "rollout": ("--attention", "rollout"),
     "heads": ("--heads",),
     "lens": ("--lens",),
+    "neurons": ("--why", "--neurons"),
+    "ablate": ("--ablate", "zero"),
+    "ablate for a token": ("--ablate", "mean", "--answer", " Mary", "--against", " Tom"),
     "why": ("--why", "--answer", " Mary", "--against", " Tom"),
     "next": ("--next", "--top-k", "5", "--temperature", "0.7"),
     "tree": ("--tree", "--width", "2", "--depth", "2"),
@@ -138,6 +142,34 @@ def test_the_next_token_is_drawn_from_what_is_listed(numbers: Any) -> None:
     assert found["can_be_drawn"] == int((p > 0).sum()) < 8192
     assert found["entropy_bits_drawn"] == pytest.approx(float(torch.special.entr(p).sum()) / 0.6931472, abs=1e-6)
     assert found["entropy_bits"] > found["entropy_bits_drawn"]
+
+
+def test_ablation_is_what_an_edit_does(numbers: Any, inspect: Run, tmp_path: Path) -> None:
+    model, tokenizer = glassgpt.load("storyteller", dtype=torch.float64)
+    ids = torch.tensor([tokenizer.encode(PROMPT)])
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:])) / math.log(2)
+
+    found = numbers("storyteller", "--prompt", PROMPT, "--ablate", "zero", "--dtype", "float64")
+    assert found["intact"] == pytest.approx(loss(), abs=1e-9)
+    with glassgpt.edit(model, {"blocks.2.attn.z": lambda z: z * torch.tensor([1, 1, 0, 1, 1]).view(-1, 1, 1)}):
+        assert found["heads"][2][2] == pytest.approx(loss() - found["intact"], abs=1e-9)
+    with glassgpt.edit(model, {"blocks.4.mlp": torch.zeros_like}):
+        assert found["mlps"][4] == pytest.approx(loss() - found["intact"], abs=1e-9)
+    text = tmp_path / "text.txt"
+    text.write_text("Tom had a red ball. He liked to play with the ball in the park with his friend Lily. " * 100)
+    resampled = inspect("storyteller", "--prompt", PROMPT, "--ablate", "resample", "--source", text)
+    assert resampled.code == 0 and "what it does in another text" in resampled.out
+
+
+def test_neurons_are_parts_of_their_mlp(numbers: Any) -> None:
+    found = numbers("storyteller", "--prompt", PROMPT, "--why", "--neurons", "--top", "9999", "--dtype", "float64")
+    by_layer = [0.0] * 6
+    for neuron in found["neurons"]:
+        by_layer[neuron["layer"]] += neuron["value"]
+    assert by_layer == pytest.approx([part["value"] for part in found["parts"] if part["kind"] == "mlp"], abs=1e-9)
 
 
 def test_the_parts_of_why_sum_to_the_logit(numbers: Any) -> None:
@@ -279,7 +311,10 @@ def test_characters_without_a_shape_are_written_as_numbers() -> None:
         (("--prompt", "a", "--why", "--position", "5"), "--position 5 is outside the prompt, which has 1 tokens (0 to 0)"),
         (("--prompt", "a", "--why", "--answer", "Rumpelstiltskin"), "--answer 'Rumpelstiltskin' must be one token"),
         (("--prompt", "a", "--why", "--answer", ""), "--answer '' must be one token of this vocabulary; it is 0: nothing"),
-        (("--prompt", "a", "--lens", "--against", " b"), "--against is for the summary, --html, --why, --patch; --lens does not"),
+        (
+            ("--prompt", "a", "--lens", "--against", " b"),
+            "--against is for the summary, --html, --why, --patch, --ablate; --lens does not",
+        ),
         (("--prompt", "a", "--html", "x.html", "--png", "y.png"), "--png is for the summary"),
         (("--prompt", "a", "--tree", "--position", "0"), "--position is for --why, --next; --tree does not use it"),
         (("--prompt", "a", "--lens", "--temperature", "2"), "how to sample is for the summary, --next, --tree; --lens does not"),
@@ -294,6 +329,10 @@ def test_characters_without_a_shape_are_written_as_numbers() -> None:
         (("--patch", "", "", "--answer", " a", "--against", " b"), "--patch needs two prompts, and one is empty"),
         (("--patch", "a b", "a"), "--patch needs two next tokens to tell apart"),
         (("--patch", "a b", "a", "--answer", " a", "--against", " b"), "the same number of tokens; got 2: a|·b; 1: a"),
+        (("--prompt", "a", "--ablate", "zero"), "a loss needs texts of at least 2 tokens"),
+        (("--prompt", "a b", "--ablate", "resample"), "takes values from another text; give it with --source TEXT"),
+        (("--prompt", "a b", "--ablate", "zero", "--against", " b"), "--against needs --answer"),
+        (("--prompt", "a", "--next", "--neurons"), "--neurons is for --why; --next does not use it"),
         (("--prompt", "a", "--trace", "a"), "--trace needs --answer"),
         (("--prompt", "a", "--trace", "zebra", "--answer", " b"), "--trace 'zebra' is not a part of the prompt"),
         (("--prompt", "a", "--sae", "/nowhere/sae"), "--sae /nowhere/sae: nothing there yet; to train it, give --source TEXT"),

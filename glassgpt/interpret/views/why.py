@@ -37,13 +37,20 @@ def why(config: Inspect, read: Read) -> View:
         "gradient_times_input": times[: place + 1].tolist(),
     }
     shown = _bars(found.parts, config.top, asked, place)
+    if config.neurons:
+        every = attribute(read.model, read.ids, answer, place, against, neurons=True)
+        strongest = sorted((part for part in every.parts if part.kind == "neuron"), key=lambda part: -abs(part.value))[
+            : config.top
+        ]
+        facts["neurons"] = [dataclasses.asdict(part) for part in strongest]
+        shown = (*shown, *_bars(tuple(strongest), config.top, asked, place, "Neurons"))
     sums = Text.assemble(
         "\nsum of all parts ", (f"{found.total:+.4f}", "bold"), "   the model's own ", (f"{found.logit:+.4f}", "bold")
     )
     return View(facts, (*shown, sums, *_inputs(facts)), lambda: draw(found.parts, asked, found.total, found.logit))
 
 
-def _bars(parts: tuple[Part, ...], count: int, asked: str, place: int) -> tuple[Any, ...]:
+def _bars(parts: tuple[Part, ...], count: int, asked: str, place: int, heading: str = "Why") -> tuple[Any, ...]:
     rows = table("part", ">adds", "")
     ordered = sorted(parts, key=lambda part: -abs(part.value))
     largest = abs(ordered[0].value) or 1.0
@@ -51,7 +58,7 @@ def _bars(parts: tuple[Part, ...], count: int, asked: str, place: int) -> tuple[
         rows.add_row(part.name, f"{part.value:+.3f}", bar(abs(part.value) / largest, 24, "blue" if part.value > 0 else "yellow"))
     if left := ordered[count:]:
         rows.add_row(f"{len(left)} others", f"{sum(part.value for part in left):+.3f}", "", style="dim")
-    return (title("Why", f"what each part adds to the {asked}, after token {place}"), rows)
+    return (title(heading, f"what each part adds to the {asked}, after token {place}"), rows)
 
 
 def _inputs(facts: dict[str, Any]) -> tuple[Any, ...]:
