@@ -12,7 +12,7 @@ from glassgpt.data.progress import steps
 from glassgpt.interpret.patching import Kind, logit_difference, patch_sweep
 from glassgpt.interpret.tokens import pieces
 from glassgpt.interpret.tracing import causal_trace
-from glassgpt.interpret.views.view import Read, View, encode, heat_map, percents, title, token_id
+from glassgpt.interpret.views.view import Read, View, encode, heat_map, percent, percents, title, token_id
 from glassgpt.text import Tokenizer
 
 NAMES = {"residual": "residual stream", "attn": "attention outputs", "mlp": "MLP outputs", "heads": "heads"}
@@ -104,7 +104,8 @@ def trace(config: Inspect, read: Read) -> View:
         "restored": found.restored.tolist(),
         "rows": rows,
     }
-    ends = f"probability of {read.label(answer)!r}: {found.clean:.4f} as it is, {found.corrupted:.4f} with noise on tokens with *"
+    before, after = percent(found.clean), percent(found.corrupted)
+    ends = f"probability of {read.label(answer)!r}: {before} as it is, {after} with noise on tokens with *"
     gap = (found.clean - found.corrupted) or 1.0
     numbers, left_out = percents((found.restored - found.corrupted) / gap, rows, labels)
     note = f"percent of the lost probability that one restored state brings back, by layer{left_out}"
