@@ -16,6 +16,7 @@ from tiny import Run, caller
 import glassgpt
 from glassgpt import charts
 from glassgpt.charts import drawable
+from glassgpt.config.inspect import VIEWS as VIEW_NAMES
 from glassgpt.interpret.attribution import attribute
 
 PROMPT = "Once upon a time there was a little girl named"
@@ -355,3 +356,16 @@ def test_compare_names_its_models_itself(inspect: Run) -> None:
     assert result.code == 2 and "--compare names its two models itself; leave out 'storyteller'" in result.err
     result = inspect("--compare", "storyteller", "induction", "--prompt", "a")
     assert result.code == 2 and result.err.count("\n") == 1
+
+
+def test_the_example_of_the_page_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (root / "docs/inspect.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    missed, shape = capsys.readouterr().out.splitlines()
+    assert abs(float(missed)) < 1e-4 and shape == "torch.Size([7, 10])"
+
+
+def test_every_view_is_in_the_docs(root: Path) -> None:
+    page = (root / "docs/inspect.md").read_text(encoding="utf-8")
+    assert [view for view in (*VIEW_NAMES, "compare") if f"`--{view}" not in page] == []
