@@ -16,8 +16,8 @@ from glassgpt.config import UserError
 from glassgpt.config.inspect import Inspect
 from glassgpt.data.progress import steps
 from glassgpt.generation.writer import read_prompts
-from glassgpt.interpret.html import page
-from glassgpt.interpret.report import collect
+from glassgpt.interpret.page.html import page
+from glassgpt.interpret.page.report import collect
 from glassgpt.interpret.views import ablate, attention, compare, features, heads, lens, next_token, patch, summary, why
 from glassgpt.interpret.views.view import Read, View, encode, rule, token_id
 from glassgpt.loading import load, pick_device

@@ -15,8 +15,8 @@ import torch
 from glassgpt.config.generate import Sampling
 from glassgpt.config.model import MoeConfig
 from glassgpt.generation.sampling import distribution, entropy
-from glassgpt.interpret.html import page
-from glassgpt.interpret.report import Report, collect
+from glassgpt.interpret.page.html import page
+from glassgpt.interpret.page.report import Report, collect
 from glassgpt.loading import load
 from glassgpt.text import Tokenizer
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from glassgpt.config import ModelConfig, UserError, preset
 from glassgpt.config.bench import BenchInspect
 from glassgpt.interpret.hooks import capture
-from glassgpt.interpret.html import page
+from glassgpt.interpret.page.html import page
+from glassgpt.interpret.page.report import MOST_TOKENS, collect
 from glassgpt.interpret.patching import logit_difference, patch_sweep
-from glassgpt.interpret.report import MOST_TOKENS, collect
 from glassgpt.lab.bench.generate import hf_peer
 from glassgpt.lab.bench.train import answer
 from glassgpt.model import GPT

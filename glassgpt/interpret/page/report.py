@@ -23,8 +23,8 @@ from glassgpt.interpret.heads import HeadScore, usual_scores
 from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.lens import Lens, lens
 from glassgpt.interpret.next_token import NextToken, Surprise, next_tokens, surprises
+from glassgpt.interpret.page.weight_stats import WeightStats, head_slabs, weight_stats
 from glassgpt.interpret.tokens import Piece, label, pieces
-from glassgpt.interpret.weight_stats import WeightStats, head_slabs, weight_stats
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 

@@ -1,6 +1,6 @@
 """The page of `glassgpt inspect --html`: one file that opens from disk, with its data inside and no network.
 
-`page/` holds its parts: index.html, style.css, scripts, and the words of every language. Nothing is built or downloaded.
+Beside this file are its parts: index.html, style.css, scripts, and the words of every language. Nothing is built or downloaded.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glassgpt.interpret.report import Report
-from glassgpt.interpret.weight_stats import BINS, HISTOGRAM_NUMBERS, SPREAD
+from glassgpt.interpret.page.report import Report
+from glassgpt.interpret.page.weight_stats import BINS, HISTOGRAM_NUMBERS, SPREAD
 
 LANGUAGES = ("en", "vi")
 SCRIPTS = (
@@ -41,7 +41,7 @@ def page(report: Report) -> str:
 
 
 def _part(name: str) -> str:
-    return (resources.files("glassgpt.interpret") / "page" / name).read_text(encoding="utf-8")
+    return (resources.files("glassgpt.interpret.page") / name).read_text(encoding="utf-8")
 
 
 def _embedded(data: Any) -> str:
