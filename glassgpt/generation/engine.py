@@ -11,7 +11,7 @@ from torch import Tensor
 from glassgpt.config import UserError
 from glassgpt.config.generate import Sampling
 from glassgpt.generation.cache import KVCache, as_batch
-from glassgpt.generation.sampling import choose, penalised
+from glassgpt.generation.sampling import choose, exact, penalised
 from glassgpt.model import GPT
 
 
@@ -71,8 +71,7 @@ def stream(
     history = History(prompts, n_ids or model.config.vocab_size, device) if History.matters(sampling) else None
     step = 0
     while rows:
-        logits = model.logits(model.hidden(ids, cache, pad)[:, -1])[:, :n_ids]  # (B, V)
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        logits = exact(model.logits(model.hidden(ids, cache, pad)[:, -1])[:, :n_ids])  # (B, V)
         if logits.isnan().any():
             raise UserError("the model's logits are not numbers (NaN): its weights are damaged, or its training had diverged")
         wanted = penalised(logits, sampling, history.seen, history.written) if history else logits

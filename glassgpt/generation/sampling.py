@@ -8,6 +8,11 @@ from torch import Tensor
 from glassgpt.config.generate import Sampling
 
 
+def exact(logits: Tensor) -> Tensor:
+    """The same numbers in float32, if they were shorter: a softmax over a vocabulary needs it."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
 def penalised(logits: Tensor, sampling: Sampling, seen: Tensor, written: Tensor) -> Tensor:
     """Logits (B, V) after the repetition penalty (Keskar et al. 2019) and OpenAI's presence and frequency penalties.
 

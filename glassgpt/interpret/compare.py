@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glassgpt.config import UserError
+from glassgpt.generation.sampling import exact
 from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.lens import kl_bits, residual_stream
-from glassgpt.interpret.next_token import Surprise, exact, surprises
+from glassgpt.interpret.next_token import Surprise, surprises
 from glassgpt.model import GPT, lora
 from glassgpt.text import Tokenizer
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from glassgpt.config import UserError
 from glassgpt.config.errors import check_seed
+from glassgpt.interpret.attribution import linear_parts
 from glassgpt.interpret.hooks import capture
 from glassgpt.model import GPT
 from glassgpt.model.attention import Attention
-from glassgpt.model.lora import LoraLinear
 from glassgpt.model.position import distances
 from glassgpt.text import Tokenizer
 
@@ -194,7 +194,7 @@ def head_outputs(model: GPT, layer: int, z: Tensor) -> Tensor:
     H, W = attention.heads[0], attention.head_width
     if z.ndim != 4 or (z.size(1), z.size(3)) != (H, W):
         raise UserError(f"z of layer {layer} must be (B, {H}, T, {W}); got {tuple(z.shape)} (capture blocks.{layer}.attn.z)")
-    return torch.einsum("bhtw,dhw->bthd", z, _output_matrix(attention).unflatten(1, (H, W)))
+    return torch.einsum("bhtw,dhw->bthd", z, linear_parts(attention.out, z.dtype)[0].unflatten(1, (H, W)))
 
 
 def value_weighted(model: GPT, layer: int, pattern: Tensor, v: Tensor) -> Tensor:
@@ -220,14 +220,6 @@ def _attention(model: GPT, layer: int) -> Attention:
     if not 0 <= layer < len(model.blocks):
         raise UserError(f"layer must be between 0 and {len(model.blocks) - 1}; got {layer}")
     return model.blocks[layer].attn  # type: ignore[return-value]
-
-
-def _output_matrix(attention: Attention) -> Tensor:
-    """D x HW, with its adapter."""
-    out = attention.out
-    if not isinstance(out, LoraLinear):
-        return out.weight
-    return out.merged().to(out.base.weight) if out.is_on else out.base.weight
 
 
 def _back(pattern: Tensor, tokens: int) -> Tensor:

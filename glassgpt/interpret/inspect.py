@@ -111,8 +111,9 @@ def write_page(config: Inspect, read: Read, prompt: str) -> dict[str, Any]:
         report = collect(read.model, read.tokenizer, prompt, name=read.name, target=answer, against=against, progress=progress)
     path = Path(str(config.html))
     path.write_text(page(report), encoding="utf-8")
+    facts = report.as_json()
     if config.json:
-        print(json.dumps(report.as_json(), ensure_ascii=False))
+        print(json.dumps(facts, ensure_ascii=False))
     else:
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
-    return report.as_json()
+    return facts

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from glassgpt.config import UserError
 from glassgpt.config.files import complete_folder
-from glassgpt.generation.sampling import entropy
+from glassgpt.generation.sampling import entropy, exact
 from glassgpt.interpret.hooks import capture
-from glassgpt.interpret.next_token import NATS_PER_BIT, exact, ranks
+from glassgpt.interpret.next_token import NATS_PER_BIT, ranks
 from glassgpt.model import GPT, weights
 
 FACTS_FILE = "tuned_lens.json"

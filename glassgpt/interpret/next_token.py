@@ -17,7 +17,7 @@ from glassgpt.config import UserError
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import KVCache, distribution
 from glassgpt.generation.engine import History
-from glassgpt.generation.sampling import entropy, penalised
+from glassgpt.generation.sampling import entropy, exact, penalised
 from glassgpt.model import GPT
 
 MAX_LEAVES = 4096
@@ -36,11 +36,6 @@ def logits_of(model: GPT, ids: Sequence[int] | Tensor) -> Tensor:
     if row.numel() == 0:
         raise UserError("the text is empty; give at least one token")
     return exact(model(row[None])[0])
-
-
-def exact(logits: Tensor) -> Tensor:
-    """The same numbers in float32, if they were shorter: a softmax over a vocabulary needs it."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 # ---------------------------------------------------------------------- the table

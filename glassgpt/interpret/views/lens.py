@@ -31,27 +31,26 @@ def view(config: Inspect, read: Read) -> View:
         "tokens": labels,
         "layers": [_layer(read, found, name, row) | {"residual_norm": norms[row].tolist()} for row, name in enumerate(names)],
     }
-    return View(facts, _grid(facts, names), lambda: draw(facts, names))
+    return View(facts, _grid(facts), lambda: draw(facts, names))
 
 
 def _layer(read: Read, found: Lens, name: str, row: int) -> dict[str, Any]:
-    columns = zip(*(x[row].tolist() for x in (found.ids, found.probabilities, found.kl_bits, found.entropy_bits)), strict=True)
-    ranks = [*found.rank[row].tolist()]
+    numbers = found.ids, found.probabilities, found.rank, found.kl_bits, found.entropy_bits
     return {
         "name": name,
         "places": [
             {
                 "top": [{"token": read.label(i), "id": i, "probability": p} for i, p in zip(ids, probabilities, strict=True)],
-                "rank_of_next": ranks[place] if ranks[place] > 0 else None,
+                "rank_of_next": rank or None,
                 "kl_bits": kl,
                 "entropy_bits": bits,
             }
-            for place, (ids, probabilities, kl, bits) in enumerate(columns)
+            for ids, probabilities, rank, kl, bits in zip(*(x[row].tolist() for x in numbers), strict=True)
         ],
     }
 
 
-def _grid(facts: dict[str, Any], names: list[str]) -> tuple[Any, ...]:
+def _grid(facts: dict[str, Any]) -> tuple[Any, ...]:
     first = max(0, len(facts["tokens"]) - SHOWN_TOKENS)
     rows = table("", *(str(place) for place in range(first, len(facts["tokens"]))))
     for layer in reversed(facts["layers"]):
@@ -74,11 +73,10 @@ def draw(facts: dict[str, Any], names: list[str]) -> Any:
     picture = axes.imshow(
         [[top["probability"] for top in row] for row in tops], origin="lower", aspect="auto", cmap=SEQUENTIAL, vmin=0, vmax=1
     )
-    for row, cells in enumerate(tops):
+    for row, cells in enumerate(tops if T <= MOST_WRITTEN else ()):
         for place, top in enumerate(cells):
             ink = "white" if top["probability"] > 0.6 else "black"
-            if T <= MOST_WRITTEN:
-                axes.text(place, row, charts.drawable(top["token"][:12]), ha="center", va="center", fontsize=8, color=ink)
+            axes.text(place, row, charts.drawable(top["token"][:12]), ha="center", va="center", fontsize=8, color=ink)
     charts.label_axis(axes.xaxis, facts["tokens"])
     charts.label_axis(axes.yaxis, names)
     axes.set_xlabel("token read")

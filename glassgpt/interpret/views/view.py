@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glassgpt import charts
 from glassgpt.config import ModelConfig, UserError
+from glassgpt.generation.sampling import exact
 from glassgpt.interpret.tokens import Piece, label, pieces
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
@@ -78,8 +79,7 @@ class Read:
     @torch.no_grad()
     def logits(self) -> Tensor:
         """(T, V) in float32 or better, of the tokens that the tokenizer has."""
-        logits: Tensor = self.model(self.ids.unsqueeze(0))[0, :, : self.tokenizer.vocab_size]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return exact(self.model(self.ids.unsqueeze(0))[0, :, : self.tokenizer.vocab_size])
 
 
 def encode(prompt: str, tokenizer: Tokenizer, model: ModelConfig) -> list[int]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glassgpt.data.progress import Progress
+from glassgpt.generation.sampling import exact
 from glassgpt.lab.bootstrap import Interval, intervals, means, weights
 from glassgpt.model import GPT
 
@@ -122,8 +123,7 @@ def _last_bits(model: GPT, seen: Tensor, targets: Tensor) -> np.ndarray:
 
 def _bits(logits: Tensor, targets: Tensor) -> np.ndarray:
     """-log2 p of targets (n,) under logits (n, V)."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return F.cross_entropy(logits, targets, reduction="none").double().cpu().numpy() / math.log(2)
+    return F.cross_entropy(exact(logits), targets, reduction="none").double().cpu().numpy() / math.log(2)
 
 
 def reach(
