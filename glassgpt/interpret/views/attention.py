@@ -13,7 +13,7 @@ from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.inspect import Inspect
 from glassgpt.interpret.heads import pattern_distance, pattern_entropy, rollout, value_weighted
 from glassgpt.interpret.hooks import capture
-from glassgpt.interpret.views.view import SEQUENTIAL, SHADES, Read, View, clamped, heat_map, table, title
+from glassgpt.interpret.views.view import SEQUENTIAL, SHADES, Read, View, clamped, heat_map, last_look, table, title
 
 SHOWN_COLUMNS = 64
 """Tokens of a matrix on a terminal: the last ones."""
@@ -73,15 +73,12 @@ def chosen(text: str, config: ModelConfig) -> tuple[int, int] | None:
 
 def measured(layer: int, head: int, pattern: Tensor, labels: list[str]) -> dict[str, Any]:
     """One head's (T, T) pattern in numbers: how sharp, how far, and where its last token looks most."""
-    place = int(pattern[-1].argmax())
     return {
         "layer": layer,
         "head": head,
         "entropy_bits": float(pattern_entropy(pattern[None, None])),
         "distance_tokens": float(pattern_distance(pattern[None, None])),
-        "last_looks_at": labels[place],
-        "place": place,
-        "weight": float(pattern[-1, place]),
+        **last_look(pattern, labels),
     }
 
 

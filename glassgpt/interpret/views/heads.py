@@ -12,7 +12,7 @@ from glassgpt import charts
 from glassgpt.config.inspect import Inspect
 from glassgpt.interpret.heads import HeadScore, head_class, usual_scores
 from glassgpt.interpret.hooks import capture
-from glassgpt.interpret.views.view import SEQUENTIAL, Read, View, table, title
+from glassgpt.interpret.views.view import SEQUENTIAL, Read, View, last_look, table, title
 
 SCORES = ("previous", "duplicate", "induction")
 
@@ -43,12 +43,9 @@ def _last_looks(read: Read) -> dict[tuple[int, int], dict[str, Any]]:
         return {}
     with capture(read.model, "blocks.*.attn.pattern") as seen:
         read.logits()
-    labels, found = read.labels(), {}
-    for layer, pattern in enumerate(seen.values()):
-        weights, places = pattern[0, :, -1].max(dim=-1)  # (H,)
-        for head, (weight, place) in enumerate(zip(weights.tolist(), places.tolist(), strict=True)):
-            found[layer, head] = {"last_looks_at": labels[place], "place": place, "weight": weight}
-    return found
+    labels = read.labels()
+    numbered = ((layer, head, pattern) for layer, x in enumerate(seen.values()) for head, pattern in enumerate(x[0]))
+    return {(layer, head): last_look(pattern, labels) for layer, head, pattern in numbered}
 
 
 def _number(score: float, control: float) -> Text:

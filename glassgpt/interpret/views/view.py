@@ -100,6 +100,12 @@ def token_id(tokenizer: Tokenizer, text: str, option: str) -> int:
     raise UserError(f"{option} {text!r} must be one token of this vocabulary; it is {len(ids)}: {parts}{hint}")
 
 
+def last_look(pattern: Tensor, labels: Sequence[str]) -> dict[str, Any]:
+    """Where the last token of a head's pattern (T, T) looks most."""
+    weight, place = pattern[-1].max(dim=-1)
+    return {"last_looks_at": labels[int(place)], "place": int(place), "weight": float(weight)}
+
+
 def table(*columns: str) -> Table:
     """A table without a frame; columns whose name starts with > are flush right."""
     made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")

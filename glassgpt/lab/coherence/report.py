@@ -13,6 +13,7 @@ from glassgpt import charts
 from glassgpt.lab.bootstrap import Interval
 from glassgpt.lab.coherence.context_loss import WITHIN_BITS, WITHIN_SHARE, Point, Reach
 from glassgpt.lab.coherence.topics import COMMON_WORDS, LEAST_LETTERS, Shares
+from glassgpt.lab.tables import markdown_tables
 
 if TYPE_CHECKING:
     from glassgpt.lab.coherence.coherence import Result
@@ -105,9 +106,7 @@ def markdown(result: Result) -> str:
     """The report."""
     lines = [f"# How far back {result.config['model']} looks", "", *(f"- {sentence}" for sentence in sentences(result))]
     lines += ["", f"![coherence]({NAME}.svg)", ""]
-    for title, headings, rows in tables(result):
-        lines += [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *markdown_tables(tables(result))])
 
 
 # ---------------------------------------------------------------------- picture

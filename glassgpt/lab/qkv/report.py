@@ -12,6 +12,7 @@ from glassgpt import charts
 from glassgpt.lab.bench.train import NOISY
 from glassgpt.lab.ladder.compare import signed
 from glassgpt.lab.qkv.speed import BASE, Timing
+from glassgpt.lab.tables import markdown_tables
 
 if TYPE_CHECKING:
     from glassgpt.lab.qkv.qkv import Result
@@ -110,9 +111,7 @@ def markdown(result: Result) -> str:
     """The report."""
     lines = ["# Fused QKV or three matrices; tied head or one of its own", "", *(f"- {one}" for one in findings(result))]
     lines += ["", f"![{NAME}]({NAME}.svg)", ""]
-    for title, headings, rows in tables(result):
-        lines += [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *markdown_tables(tables(result))])
 
 
 # ---------------------------------------------------------------------- picture
