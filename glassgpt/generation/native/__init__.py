@@ -1,0 +1,9 @@
+"""The native engine: a kernel library in C++ that is compiled when it is first needed, and a GPT packed for it."""
+
+from glassgpt.generation.native.build import Unavailable
+from glassgpt.generation.native.library import kernels, measure_bandwidth, measure_rate
+from glassgpt.generation.native.model import NativeModel
+
+open_model = NativeModel
+
+__all__ = ["NativeModel", "Unavailable", "kernels", "measure_bandwidth", "measure_rate", "open_model"]

@@ -1,0 +1,121 @@
+"""The kernel library: compiled by the system's C++ compiler when it is first needed, and kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from glassgpt.config import UserError
+
+SOURCES = Path(__file__).parent / "src"
+COMPILERS = ("c++", "g++", "clang++")
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-DGG_EXPORTS"]
+KERNELS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+AVX2 = ["-mavx2", "-mfma", "-DGG_AVX2"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {
+    "portable": [],
+    "avx2": AVX2,
+    "avxvnni": [*AVX2, "-mavxvnni", "-DGG_VNNI"],
+    "avx512": [*AVX512, "-DGG_AVX512", "-DGG_VNNI"],
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-DGG_AVX512", "-DGG_VNNI", "-DGG_BF16"],
+}
+"""One library of kernels each, all in one file: which one runs is decided by the processor (dispatch.cpp). On other processors
+than x86-64 there is the portable one alone."""
+
+
+class Unavailable(Exception):  # noqa: N818
+    """The native library cannot be used here; the message says why. PyTorch computes instead."""
+
+
+def library(compiler: str | None = None, flags: list[str] | None = None) -> Path:
+    """The compiled library; it is made when these sources have not yet been compiled by this compiler with these flags.
+
+    GLASSGPT_CXX names another compiler, GLASSGPT_CACHE another folder than ~/.cache/glassgpt. Raises Unavailable when there is
+    no compiler, or when it fails.
+    """
+    compiler = compiler or find_compiler()
+    flags = flags or []
+    path = cache_folder() / f"glassgpt-{_key(compiler, flags)}.so"
+    if not path.is_file():
+        print("glassgpt: compiling the native kernels, once (about 20 s) ...", file=sys.stderr)
+        build(path, compiler, flags)
+    return path
+
+
+def find_compiler() -> str:
+    """The C++ compiler's path."""
+    if name := os.environ.get("GLASSGPT_CXX"):
+        if found := shutil.which(name):
+            return found
+        raise Unavailable(f"the compiler {name!r} (GLASSGPT_CXX) is not there")
+    for name in COMPILERS:
+        if found := shutil.which(name):
+            return found
+    raise Unavailable(f"no C++ compiler found (looked for {', '.join(COMPILERS)}; install one, e.g. apt install g++)")
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept."""
+    if folder := os.environ.get("GLASSGPT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glassgpt"
+
+
+def build(path: Path, compiler: str, flags: list[str]) -> None:
+    """Compile the library to `path`, which appears complete or not at all."""
+    sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=path.parent)
+    except OSError as error:
+        raise Unavailable(f"cannot write to {path.parent} ({error.strerror}; GLASSGPT_CACHE names another folder)") from error
+    try:
+        jobs = {name: [str(SOURCES / f"{name}.cpp")] for name in ("engine", "matrix", "dispatch")}
+        jobs |= {
+            f"kernels-{name}": [*KERNELS, *of_set, f"-DGG_ISA={name}", f'-DGG_NAME="{name}"', str(SOURCES / "kernels.cpp")]
+            for name, of_set in sets.items()
+        }
+        objects = [str(Path(folder) / f"{name}.o") for name in jobs]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            commands = [
+                [compiler, *COMMON, *flags, "-c", *job, "-o", out] for job, out in zip(jobs.values(), objects, strict=True)
+            ]
+            list(pool.map(_run, commands))
+        whole = Path(folder) / path.name
+        _run([compiler, "-shared", "-pthread", *flags, *objects, "-o", str(whole)])
+        os.replace(whole, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise Unavailable(f"the compiler {command[0]} does not run: {error.strerror}") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+        raise Unavailable(f"{command[0]} could not compile the kernels: {lines[0].strip()}")
+
+
+def _key(compiler: str, flags: list[str]) -> str:
+    """Changes with the sources, the compiler and the flags."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    try:
+        stamp = os.stat(compiler)
+    except OSError as error:
+        raise UserError(f"the compiler {compiler} cannot be read: {error.strerror}") from error
+    digest.update(
+        repr((os.path.realpath(compiler), stamp.st_size, int(stamp.st_mtime), COMMON, KERNELS, INSTRUCTION_SETS, flags)).encode()
+    )
+    return digest.hexdigest()[:20]

@@ -1,0 +1,130 @@
+"""A GPT packed for this machine's processor, and the runner that `generation.stream` drives."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+
+from glassgpt.config import UserError
+from glassgpt.generation.native import packing
+from glassgpt.generation.native.library import checked, library
+from glassgpt.generation.runner import Scores
+from glassgpt.model import GPT
+
+PANEL = 64
+"""Outputs of a matrix that lie together; rows of logits are padded to a multiple of it."""
+
+
+class NativeModel:
+    """A GPT as the kernel library has it. Several texts may be written with it, one forward pass at a time."""
+
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        precision: Literal["as-is", "float32", "bfloat16", "int8", "int4"] = "as-is",
+        activations: Literal[8, 16] = 16,
+        cache: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
+        threads: int | None = None,
+        kernels: str | None = None,
+    ) -> None:
+        """Pack `model`, which is not needed any more afterwards.
+
+        `precision` is that of the matrices; a quantised model keeps its own. `activations` are the bits of what quantised
+        matrices read. `cache` is the numbers of the keys and values: `auto` is float32 for float32 weights, else bfloat16.
+        `kernels` names an instruction set of `library.kernels()` (default: the best). Raises Unavailable.
+        """
+        self.config, self.device = model.config, torch.device("cpu")
+        self.precision = packing.precision_of(model) if precision == "as-is" else precision
+        self.cache = ("float32" if self.precision == "float32" else "bfloat16") if cache == "auto" else cache
+        self.activations, self.threads = activations, threads or torch.get_num_threads()
+        shape = packing.shape_of(self.config, self.cache, activations)
+        self.lib = library()
+        self.engine: Any = self.lib.glass_new(ctypes.byref(shape), self.threads, kernels.encode() if kernels else None)
+        if not self.engine:
+            raise UserError(self.lib.glass_error().decode())
+        weakref.finalize(self, self.lib.glass_free, self.engine).atexit = False  # runners may still have their rows then
+        packing.pack(self.lib, self.engine, model, self.precision)
+
+    @property
+    def kernels(self) -> str:
+        """The instruction set that is used."""
+        return str(self.lib.glass_engine_kernels(self.engine).decode())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed matrices."""
+        return int(self.lib.glass_bytes(self.engine))
+
+    def start(self, n_ids: int | None = None) -> NativeRunner:
+        """A runner without rows; the best id is chosen among the first `n_ids`."""
+        return NativeRunner(self, n_ids)
+
+
+class NativeRunner:
+    """Rows of tokens and their keys and values. Rows of different length stand side by side without padding."""
+
+    def __init__(self, model: NativeModel, n_ids: int | None) -> None:
+        self.config, self.device = model.config, model.device
+        self._model, self._lib, self._engine = model, model.lib, model.engine
+        self._n_ids = n_ids or model.config.vocab_size
+        self._stride = -(-model.config.vocab_size // PANEL) * PANEL
+        self._rows: list[int] = []  # the engine's numbers of them
+        self._lengths: list[int] = []
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self._lengths)
+
+    def feed(self, tokens: Sequence[Sequence[int]], every: bool = False) -> Scores:
+        """Append tokens[i] to row i; a row may also get none (then it has no scores)."""
+        if not self._rows:
+            self._rows = [self._lib.glass_sequence_new(self._engine) for _ in tokens]
+            self._lengths = [0] * len(tokens)
+        longest = max(length + len(ids) for length, ids in zip(self._lengths, tokens, strict=True))
+        if longest > self.config.context_tokens:
+            raise UserError(f"context is {self.config.context_tokens} tokens; got {longest} (shorten the input)")
+        flat = [token for ids in tokens for token in ids]
+        texts = [row for row, ids in zip(self._rows, tokens, strict=True) for _ in ids]
+        ends = accumulate(map(len, tokens))
+        wanted = list(range(len(flat))) if every else [end - 1 for end, ids in zip(ends, tokens, strict=True) if ids]
+        logits = torch.empty(len(wanted), self._stride)  # (n, V padded)
+        best, log_total = torch.empty(len(wanted), dtype=torch.int32), torch.empty(len(wanted))
+        ints = packing.as_ints
+        result = self._lib.glass_forward(
+            *(self._engine, len(flat), ints(flat), ints(texts), len(wanted), ints(wanted), self._n_ids),
+            *(logits.data_ptr(), self._stride, best.data_ptr(), log_total.data_ptr()),
+        )
+        checked(self._lib, result)
+        self._lengths = [length + len(ids) for length, ids in zip(self._lengths, tokens, strict=True)]
+        return Scores(logits[:, : self._n_ids], best.long(), log_total)
+
+    def fork(self, rows: Sequence[int]) -> None:
+        """Row i becomes a copy of row rows[i]; copies share the cache of what they have in common."""
+        copies = [checked(self._lib, self._lib.glass_sequence_fork(self._engine, self._rows[row])) for row in rows]
+        lengths = [self._lengths[row] for row in rows]
+        self.close()
+        self._rows, self._lengths = copies, lengths
+
+    def keep(self, rows: Sequence[int]) -> None:
+        for number in set(range(len(self._rows))) - set(rows):
+            checked(self._lib, self._lib.glass_sequence_free(self._engine, self._rows[number]))
+        self._rows, self._lengths = [self._rows[row] for row in rows], [self._lengths[row] for row in rows]
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        for row, length in zip(self._rows, lengths, strict=True):
+            checked(self._lib, self._lib.glass_sequence_rewind(self._engine, row, length))
+        self._lengths = list(lengths)
+
+    def close(self) -> None:
+        for row in self._rows:
+            self._lib.glass_sequence_free(self._engine, row)
+        self._rows, self._lengths = [], []
+
+    def __del__(self) -> None:
+        self.close()

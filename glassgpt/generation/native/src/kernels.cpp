@@ -1,0 +1,416 @@
+// The arithmetic, compiled once for each instruction set (GG_ISA names it). Rules that hold for all of it:
+//  - a row's result never depends on which rows stand beside it: every sum runs over the same numbers in the same order,
+//    so one token at a time, a batch and a whole prompt give the same bits;
+//  - loops over single numbers are plain C: the compiler makes vectors of them.
+#include "kernels.h"
+
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#if defined(GG_AVX512) || defined(GG_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace GG_ISA {
+#include "simd.h"
+
+// ---- rows x panel -----------------------------------------------------------------------------------------------------
+
+#if defined(GG_AVX512)
+constexpr int kVectors = 4;       // of columns in a tile: with 32 registers, 24 sums, 4 vectors of weights and one of inputs fit
+constexpr int kSums = 24;
+#elif defined(GG_AVX2)
+constexpr int kVectors = 2;       // with 16 registers
+constexpr int kSums = 12;
+#else
+constexpr int kVectors = 4;
+constexpr int kSums = 8;
+#endif
+constexpr int kAhead = 8192;      // bytes that are fetched ahead of their use: far enough for memory, near enough for the first cache
+
+static inline void finish(F value, const float* bias, float* y, bool accumulate) {
+    if (bias) value = value + load(bias);
+    store(y, accumulate ? load(y) + value : value);
+}
+
+// The same for value * scale. Every product that is added to something is written as an fma: left to itself, the compiler
+// would round it once in one copy of a tile and twice in another.
+static inline void finish(F value, F scale, const float* bias, float* y, bool accumulate) {
+    if (bias) return finish(fma(value, scale, load(bias)), nullptr, y, accumulate);
+    store(y, accumulate ? fma(value, scale, load(y)) : value * scale);
+}
+
+// R rows, C vectors of columns.
+template <int R, int C>
+static void tile_float32(const Panel& p, int column, const Rows& rows, int first, const float* bias, float* y, int64_t y_stride,
+                         bool accumulate) {
+    F sum[R][C] = {};
+    const float* a = (const float*)rows.data + first * rows.stride;
+    const uint8_t* w = p.data + 4 * column;
+    for (int k = 0; k < p.group_inputs; k++, w += 4 * p.columns) {
+        F weight[C];
+        for (int c = 0; c < C; c++) weight[c] = load((const float*)w + c * L), fetch_ahead(w + kAhead + 4 * c * L);
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) sum[r][c] = fma(weight[c], all(a[r * rows.stride + k]), sum[r][c]);
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) finish(sum[r][c], bias ? bias + column + c * L : nullptr, y + r * y_stride + column + c * L, accumulate);
+}
+
+template <int R, int C>
+static void tile_bfloat16(const Panel& p, int column, const Rows& rows, int first, const float* bias, float* y, int64_t y_stride,
+                          bool accumulate) {
+    F sum[R][C] = {};
+    const uint16_t* a = (const uint16_t*)rows.data + first * rows.stride;
+    const uint8_t* w = p.data + 4 * column;
+    for (int k = 0; k < p.group_inputs; k += 2, w += 4 * p.columns) {
+        I weight[C];
+        for (int c = 0; c < C; c++) weight[c] = load_codes(w + 4 * c * L), fetch_ahead(w + kAhead + 4 * c * L);
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) sum[r][c] = dot2(sum[r][c], weight[c], word(a + r * rows.stride + k));
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) finish(sum[r][c], bias ? bias + column + c * L : nullptr, y + r * y_stride + column + c * L, accumulate);
+}
+
+// Codes: whole numbers are summed exactly within a group, then scaled and added up as floats.
+template <bool SMALL, int PLANES, int R, int C>
+static void tile_codes(const Panel& p, int column, const Rows& rows, int first, const float* bias, float* y, int64_t y_stride,
+                       bool accumulate) {
+    constexpr int kRows = R * PLANES;
+    const int8_t* a = (const int8_t*)rows.data + first * PLANES * rows.stride;
+    const int32_t* sums = rows.sums + first * PLANES * p.groups;
+    const uint8_t* w = p.data + 4 * column;
+    const int step = 4 * p.columns, zero = SMALL ? 8 : kZero8;
+    F total[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) total[r][c] = F{};
+    for (int g = 0; g < p.groups; g++, a += p.group_inputs) {
+        I sum[kRows][C];
+        for (int r = 0; r < kRows; r++)
+            for (int c = 0; c < C; c++) sum[r][c] = all(-zero * sums[r * p.groups + g]);
+        for (int k = 0; k < p.group_inputs; k += SMALL ? 8 : 4, w += step) {
+            I codes[C];
+            for (int c = 0; c < C; c++) codes[c] = load_codes(w + 4 * c * L), fetch_ahead(w + kAhead + 4 * c * L);
+            if (SMALL) {
+                const I low = all(0x0f0f0f0f);
+                for (int r = 0; r < kRows; r++)
+                    for (int c = 0; c < C; c++) sum[r][c] = dot4_small(sum[r][c], codes[c] & low, word(a + r * rows.stride + k));
+                for (int r = 0; r < kRows; r++)
+                    for (int c = 0; c < C; c++) sum[r][c] = dot4_small(sum[r][c], (codes[c] >> 4) & low, word(a + r * rows.stride + k + 4));
+            } else {
+                for (int r = 0; r < kRows; r++)
+                    for (int c = 0; c < C; c++) sum[r][c] = dot4(sum[r][c], codes[c], word(a + r * rows.stride + k));
+            }
+        }
+        for (int c = 0; c < C; c++) {
+            F scale = p.groups > 1 ? load_bfloat16(w - 4 * column + 2 * (column + c * L)) : p.scales ? load(p.scales + column + c * L) : all(1.0f);
+            for (int r = 0; r < R; r++) {
+                F value = PLANES == 2 ? fma(to_float(sum[2 * r][c]), all(128.0f), to_float(sum[2 * r + 1][c])) : to_float(sum[r][c]);
+                total[r][c] = fma(value, scale, total[r][c]);
+            }
+        }
+        w += 2 * p.columns;  // the scales of the group
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++)
+            finish(total[r][c], all(rows.scale[first + r]), bias ? bias + column + c * L : nullptr, y + r * y_stride + column + c * L,
+                   accumulate);
+}
+
+using Tile = void (*)(const Panel&, int column, const Rows&, int first, const float* bias, float* y, int64_t y_stride, bool accumulate);
+
+template <int R, int C> struct Float32 { static constexpr Tile run = tile_float32<R, C>; };
+template <int R, int C> struct Bfloat16 { static constexpr Tile run = tile_bfloat16<R, C>; };
+template <int R, int C> struct Int8 { static constexpr Tile run = tile_codes<false, 1, R, C>; };
+template <int R, int C> struct Int8Fine { static constexpr Tile run = tile_codes<false, 2, R, C>; };
+template <int R, int C> struct Int4 { static constexpr Tile run = tile_codes<true, 1, R, C>; };
+template <int R, int C> struct Int4Fine { static constexpr Tile run = tile_codes<true, 2, R, C>; };
+
+// The tile for `rows` rows, at most MAX, and C vectors.
+template <template <int, int> class Kind, int MAX, int C>
+static Tile tile_of(int rows) {
+    if constexpr (MAX > 1)
+        if (rows < MAX) return tile_of<Kind, MAX - 1, C>(rows);
+    return Kind<MAX, C>::run;
+}
+
+// All columns and rows of one panel. SUMS vectors of sums fit the registers. Few rows are done with wide tiles, which read
+// weights as they lie in memory; many with tall ones, whose half of a panel stays in the first cache from tile to tile.
+template <template <int, int> class Kind, int SUMS>
+static void tiles(const Panel& p, const Rows& rows, int first, int count, const float* bias, float* y, int64_t y_stride, bool accumulate) {
+    constexpr int kWide = SUMS / kVectors < 1 ? 1 : SUMS / kVectors, kHalf = kVectors / 2, kTall = SUMS / kHalf;
+    int done = 0;
+    if (count >= kTall && p.columns % (kHalf * L) == 0) {
+        done = count / kTall * kTall;
+        for (int column = 0; column < p.columns; column += kHalf * L)
+            for (int row = 0; row < done; row += kTall)
+                Kind<kTall, kHalf>::run(p, column, rows, first + row, bias, y + row * y_stride, y_stride, accumulate);
+    }
+    for (; done < count; done += kWide) {
+        const int now = count - done < kWide ? count - done : kWide;
+        const Tile wide = tile_of<Kind, kWide, kVectors>(now), narrow = tile_of<Kind, kWide, 1>(now);
+        int column = 0;
+        for (; column + kVectors * L <= p.columns; column += kVectors * L)
+            wide(p, column, rows, first + done, bias, y + done * y_stride, y_stride, accumulate);
+        for (; column < p.columns; column += L) narrow(p, column, rows, first + done, bias, y + done * y_stride, y_stride, accumulate);
+    }
+}
+
+static void multiply(const Panel& p, const Rows& rows, int first, int count, const float* bias, float* y, int64_t y_stride, bool accumulate) {
+    // a row of codes has one sum of its own, or two (planes), and where groups are scaled one by one also their total
+    const bool fine = rows.planes == 2, grouped = p.groups > 1;
+    if (p.format == kFloat32) return tiles<Float32, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (p.format == kBfloat16) return tiles<Bfloat16, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (p.format == kInt4 && fine) return tiles<Int4Fine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (p.format == kInt4) return tiles<Int4, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (fine && grouped) return tiles<Int8Fine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (fine) return tiles<Int8Fine, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (grouped) return tiles<Int8, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
+    tiles<Int8, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
+}
+
+// ---- rows made ready ----------------------------------------------------------------------------------------------------
+
+static void prepare(Format format, int planes, const float* x, int K, int inputs, int group_inputs, void* data, float* scale, int32_t* sums) {
+    if (format == kFloat32) {
+        float* y = (float*)data;
+        memcpy(y, x, 4 * K);
+        for (int k = K; k < inputs; k++) y[k] = 0;
+        return;
+    }
+    if (format == kBfloat16) {
+        uint16_t* y = (uint16_t*)data;
+        int whole = 0;
+#if defined(GG_BF16)
+        for (; whole + L <= K; whole += L) {
+            __m256bh short_ones = _mm512_cvtneps_pbh((__m512)load(x + whole));
+            memcpy(y + whole, &short_ones, 2 * L);
+        }
+#endif
+#pragma omp simd
+        for (int k = whole; k < K; k++) y[k] = to_bfloat16(x[k]);
+        for (int k = K; k < inputs; k++) y[k] = 0;
+        return;
+    }
+    float largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int k = 0; k < K; k++) largest = std::fabs(x[k]) > largest ? std::fabs(x[k]) : largest;
+    float nothing = 0;  // but NaN where a number is not finite
+#pragma omp simd reduction(+ : nothing)
+    for (int k = 0; k < K; k++) nothing += x[k] - x[k];
+    const bool broken = nothing != 0;
+    const float most = planes == 2 ? 127 * 128 + 63 : 127;  // the largest code: what the two planes can say together
+    *scale = broken ? std::numeric_limits<float>::quiet_NaN() : largest / most;
+    const float inverse = !broken && largest > 0 ? most / largest : 0;
+    int8_t* high = (int8_t*)data;
+    int8_t* low = high + inputs;
+    if (planes == 2) {
+#pragma omp simd
+        for (int k = 0; k < K; k++) {
+            int code = broken ? 0 : int(std::rint(x[k] * inverse));
+            int upper = (code + 64) >> 7;  // to the nearest, so that the rest is -64 to 63
+            high[k] = int8_t(upper);
+            low[k] = int8_t(code - (upper << 7));
+        }
+        for (int k = K; k < inputs; k++) high[k] = low[k] = 0;
+    } else {
+#pragma omp simd
+        for (int k = 0; k < K; k++) high[k] = int8_t(broken ? 0 : int(std::rint(x[k] * inverse)));
+        for (int k = K; k < inputs; k++) high[k] = 0;
+    }
+    const int groups = inputs / group_inputs;
+    for (int plane = 0; plane < planes; plane++)
+        for (int g = 0; g < groups; g++) {
+            const int8_t* codes = high + plane * inputs + g * group_inputs;
+            int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int k = 0; k < group_inputs; k++) sum += codes[k];
+            sums[plane * groups + g] = sum;
+        }
+}
+
+// ---- single numbers -----------------------------------------------------------------------------------------------------
+
+// e**x to 1e-7, relative; 0 below -87 (Cephes' polynomial, Moshier 1989). NaN stays NaN.
+static inline float exponential(float x) {
+    float held = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = std::rint(held * 1.442695041f);
+    float r = held - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = (int32_t(n) + 127) * (1 << 23);
+    float power;
+    memcpy(&power, &bits, 4);
+    float value = p * power;
+    return x < -87.0f ? 0.0f : x == x ? value : x;
+}
+
+static void norm(const float* x, int width, bool rms, float epsilon, const float* weight, const float* bias, float* y) {
+    float sum = 0, squares = 0;
+    if (!rms)
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < width; i++) sum += x[i];
+    const float mean = sum / width;
+#pragma omp simd reduction(+ : squares)
+    for (int i = 0; i < width; i++) squares += (x[i] - mean) * (x[i] - mean);
+    const float factor = 1.0f / std::sqrt(squares / width + epsilon);
+    if (bias)
+#pragma omp simd
+        for (int i = 0; i < width; i++) y[i] = (x[i] - mean) * factor * weight[i] + bias[i];
+    else
+#pragma omp simd
+        for (int i = 0; i < width; i++) y[i] = (x[i] - mean) * factor * weight[i];
+}
+
+static void activate(Activation kind, float* hidden, const float* gate, int count) {
+    if (kind == kGelu)  // x / (1 + e**-2u) = 0.5 x (1 + tanh u)
+#pragma omp simd
+        for (int i = 0; i < count; i++) {
+            float x = hidden[i], u = 0.7978845608f * (x + 0.044715f * x * x * x);
+            hidden[i] = x / (1.0f + exponential(-2.0f * u));
+        }
+    else if (kind == kRelu2)
+#pragma omp simd
+        for (int i = 0; i < count; i++) hidden[i] = hidden[i] < 0 ? 0.0f : hidden[i] * hidden[i];
+    else
+#pragma omp simd
+        for (int i = 0; i < count; i++) hidden[i] = gate[i] / (1.0f + exponential(-gate[i])) * hidden[i];
+}
+
+static void largest(const float* x, int n, int32_t* best, float* maximum, float* total) {
+    float most = -std::numeric_limits<float>::infinity(), sum = 0;
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) sum += exponential(x[i] - most);
+    int32_t place = std::numeric_limits<int32_t>::max();
+#pragma omp simd reduction(min : place)
+    for (int i = 0; i < n; i++) place = x[i] == most && i < place ? i : place;
+    *best = place;
+    *maximum = most;
+    *total = sum;  // NaN if any x is
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------------
+
+// Scores of one query (keys first ... position) to e**(score - largest); what it does not see is 0, up to `end`. Gives their sum.
+static float exponentials(float* s, const Query& query, float scale, int begin, int end) {
+    const int first = query.first, last = query.position;
+    if (query.bias) {
+#pragma omp simd
+        for (int i = first; i <= last; i++) s[i] = s[i] * scale + query.bias[last - i];
+        scale = 1.0f;
+    }
+    float most = -std::numeric_limits<float>::infinity(), sum = 0;
+#pragma omp simd reduction(max : most)
+    for (int i = first; i <= last; i++) most = s[i] > most ? s[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (int i = first; i <= last; i++) {
+        s[i] = exponential((s[i] - most) * scale);
+        sum += s[i];
+    }
+    for (int i = begin; i < first; i++) s[i] = 0;
+    for (int i = last + 1; i < end; i++) s[i] = 0;
+    return sum;
+}
+
+static void attend(const Pages& cache, const Query* queries, int count, float scale, float* scratch) {
+    const int W = cache.head_width, wide = round_up(W, 64), planes = cache.format == kInt8 ? 2 : 1;
+    int first = queries[0].first, last = queries[0].position;
+    for (int i = 1; i < count; i++) {
+        first = queries[i].first < first ? queries[i].first : first;
+        last = queries[i].position > last ? queries[i].position : last;
+    }
+    const int first_page = first / kPanel, end_page = last / kPanel + 1, begin = first_page * kPanel, end = end_page * kPanel;
+    const int key_inputs = round_up(W, 4), pages = end_page - first_page;
+    float* scores = scratch;                                // (count, end)
+    void* ready = scores + int64_t(kQueries) * end;         // rows of queries, then of shares
+    float* row_scale = (float*)ready + int64_t(kQueries) * (end > wide ? end : wide);
+    float total[kQueries];                                  // what the shares add up to
+    int32_t* sums = (int32_t*)(row_scale + kQueries);       // (count, planes, pages)
+    float* raw = (float*)(sums + int64_t(kQueries) * planes * (end / kPanel)); // (count, padded width)
+
+    const int unit = cache.format == kFloat32 ? 4 : cache.format == kBfloat16 ? 2 : 1;
+    for (int i = 0; i < count; i++)
+        prepare(cache.format, planes, queries[i].q, W, key_inputs, key_inputs, (char*)ready + int64_t(i) * planes * key_inputs * unit,
+                row_scale + i, sums + i * planes);
+    Rows rows = {ready, key_inputs, planes, row_scale, sums};
+    for (int page = first_page; page < end_page; page++) {
+        const uint8_t* data = cache.pages[page];
+        Panel keys = {cache.format, kPanel, 1, key_inputs, data + cache.key_offset,
+                      cache.format == kInt8 ? (const float*)(data + cache.key_scale_offset) : nullptr};
+        multiply(keys, rows, 0, count, nullptr, scores + page * kPanel, end, false);
+    }
+    for (int i = 0; i < count; i++) {
+        float* s = scores + int64_t(i) * end;
+        total[i] = exponentials(s, queries[i], scale, begin, end);
+        if (cache.format == kInt8)  // values have a scale for each position: the shares take it over
+            for (int page = first_page; page < end_page; page++) {
+                const float* value_scale = (const float*)(cache.pages[page] + cache.value_scale_offset);
+                for (int j = 0; j < kPanel; j++) s[page * kPanel + j] *= value_scale[j];
+            }
+        prepare(cache.format, planes, s + begin, end - begin, end - begin, kPanel, (char*)ready + int64_t(i) * planes * (end - begin) * unit,
+                row_scale + i, sums + int64_t(i) * planes * pages);
+    }
+    for (int page = first_page; page < end_page; page++) {
+        Panel values = {cache.format, cache.padded_width, 1, kPanel, cache.pages[page] + cache.value_offset, nullptr};
+        const int64_t skipped = int64_t(page - first_page) * kPanel;
+        int32_t page_sums[kQueries * 2];
+        if (cache.format == kInt8)
+            for (int i = 0; i < count * planes; i++) page_sums[i] = sums[i * pages + page - first_page];
+        Rows shares = {(const char*)ready + skipped * unit, end - begin, planes, row_scale, page_sums};
+        multiply(values, shares, 0, count, nullptr, raw, cache.padded_width, page > first_page);
+    }
+    for (int i = 0; i < count; i++) {
+        const float *from = raw + i * cache.padded_width, share = 1.0f / total[i];
+        float* to = queries[i].z;
+#pragma omp simd
+        for (int k = 0; k < W; k++) to[k] = from[k] * share;
+    }
+}
+
+// ---- how fast it could be ---------------------------------------------------------------------------------------------------
+
+template <Format FORMAT>
+static double rate_of() {
+    constexpr int kChains = 12, kRounds = 8'000'000, kProducts = FORMAT == kFloat32 ? L : FORMAT == kBfloat16 ? 2 * L : 4 * L;
+    F f[kChains], small = all(1e-9f);
+    I n[kChains], ones = all(0x01010101);
+    for (int i = 0; i < kChains; i++) f[i] = all(float(i)), n[i] = all(i);  // alike, they would be computed once
+    auto start = std::chrono::steady_clock::now();
+    for (int round = 0; round < kRounds; round++) {
+        for (int i = 0; i < kChains; i++) {
+            if (FORMAT == kFloat32) f[i] = fma(small, small, f[i]);
+            else if (FORMAT == kBfloat16) f[i] = dot2(f[i], ones, 0x01010101);
+            else n[i] = dot4(n[i], ones, 0x01010101);
+        }
+        asm volatile("");  // the rounds are not counted together
+    }
+    double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    volatile float kept = 0;  // somebody reads the sums
+    for (int i = 0; i < kChains; i++) kept = kept + f[i][0] + float(n[i][0]);
+    return 2.0 * kProducts * kChains * kRounds / seconds;
+}
+
+static double rate(Format format) {
+    return format == kFloat32 ? rate_of<kFloat32>() : format == kBfloat16 ? rate_of<kBfloat16>() : rate_of<kInt8>();
+}
+
+static uint64_t read(const uint8_t* data, int64_t bytes) {
+    I sum[4] = {};
+    for (int64_t i = 0; i < bytes; i += 16 * L)
+        for (int c = 0; c < 4; c++) sum[c] ^= load_codes(data + i + 4 * c * L), fetch_ahead(data + i + kAhead + 4 * c * L);
+    I all_of_it = sum[0] ^ sum[1] ^ sum[2] ^ sum[3];
+    return uint32_t(all_of_it[0]) + uint64_t(uint32_t(all_of_it[L - 1]));
+}
+
+extern const Kernels kernels;
+const Kernels kernels = {GG_NAME, multiply, prepare, norm, activate, attend, largest, rate, read};
+}  // namespace GG_ISA
