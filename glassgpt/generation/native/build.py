@@ -26,6 +26,7 @@ INSTRUCTION_SETS = {
     "avxvnni": [*AVX2, "-mavxvnni", "-DGG_VNNI"],
     "avx512": [*AVX512, "-DGG_AVX512", "-DGG_VNNI"],
     "avx512bf16": [*AVX512, "-mavx512bf16", "-DGG_AVX512", "-DGG_VNNI", "-DGG_BF16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-DGG_AVX512", "-DGG_VNNI", "-DGG_BF16", "-DGG_AMX"],
 }
 """One library of kernels each, all in one file: which one runs is decided by the processor (dispatch.cpp). On other processors
 than x86-64 there is the portable one alone."""
@@ -45,7 +46,7 @@ def library(compiler: str | None = None, flags: list[str] | None = None) -> Path
     flags = flags or []
     path = cache_folder() / f"glassgpt-{_key(compiler, flags)}.so"
     if not path.is_file():
-        print("glassgpt: compiling the native kernels, once (about 20 s) ...", file=sys.stderr)
+        print("glassgpt: compiling the native kernels, once (about half a minute) ...", file=sys.stderr)
         build(path, compiler, flags)
     return path
 
@@ -77,18 +78,29 @@ def build(path: Path, compiler: str, flags: list[str]) -> None:
         folder = tempfile.mkdtemp(dir=path.parent)
     except OSError as error:
         raise Unavailable(f"cannot write to {path.parent} ({error.strerror}; GLASSGPT_CACHE names another folder)") from error
+    def compiled(name: str, *arguments: str) -> str:
+        out = f"{folder}/{name}.o"
+        _run([compiler, *COMMON, *flags, "-c", *arguments, "-o", out])
+        return out
+
+    def kernels(name: str) -> str | None:
+        """One set's, or None where this compiler does not know it."""
+        try:
+            return compiled(
+                f"kernels-{name}", *KERNELS, *sets[name], f"-DGG_ISA={name}", f'-DGG_NAME="{name}"', str(SOURCES / "kernels.cpp")
+            )
+        except Unavailable:
+            if name == "portable":
+                raise
+            return None
+
     try:
-        jobs = {name: [str(SOURCES / f"{name}.cpp")] for name in ("engine", "matrix", "dispatch")}
-        jobs |= {
-            f"kernels-{name}": [*KERNELS, *of_set, f"-DGG_ISA={name}", f'-DGG_NAME="{name}"', str(SOURCES / "kernels.cpp")]
-            for name, of_set in sets.items()
-        }
-        objects = [str(Path(folder) / f"{name}.o") for name in jobs]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            commands = [
-                [compiler, *COMMON, *flags, "-c", *job, "-o", out] for job, out in zip(jobs.values(), objects, strict=True)
-            ]
-            list(pool.map(_run, commands))
+            rest = [pool.submit(compiled, name, str(SOURCES / f"{name}.cpp")) for name in ("engine", "matrix")]
+            found = dict(zip(sets, pool.map(kernels, sets), strict=True))
+            has = [f"-DGG_HAS_{name.upper()}" for name, out in found.items() if out]
+            objects = [out for out in found.values() if out] + [job.result() for job in rest]
+            objects.append(compiled("dispatch", *has, str(SOURCES / "dispatch.cpp")))
         whole = Path(folder) / path.name
         _run([compiler, "-shared", "-pthread", *flags, *objects, "-o", str(whole)])
         os.replace(whole, path)

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -19,6 +20,7 @@ const Kernels* find_kernels(const char* name);  // dispatch.cpp
 namespace {
 
 constexpr int kChunk = 512;  // tokens that go through the layers together: what they need stays near
+constexpr int kBlock = 4096;  // logits that are looked through together
 constexpr int kAlone = 4;    // up to so many rows, each thread makes all of them ready for itself: cheaper than to meet
 
 [[noreturn]] void fail(const std::string& why) { throw std::runtime_error(why); }
@@ -40,6 +42,11 @@ struct Token {
     int32_t id;
     Sequence* sequence;
     int position;
+};
+
+struct Largest {  // of a block of logits
+    int32_t best;
+    float maximum, total;
 };
 
 struct Tile {  // tokens of one sequence, one after the other
@@ -65,6 +72,7 @@ struct glass_engine {
     // What a chunk of tokens goes through: (tokens, ...)
     std::vector<Token> tokens;
     std::vector<Tile> tiles;
+    std::vector<Largest> parts;
     std::vector<float> x, qkv, z, hidden, gate;
     Ready common;
     std::vector<Ready> own;                    // a thread's
@@ -214,7 +222,7 @@ struct glass_engine {
         team.barrier();
     }
 
-    void pass(int thread, int wanted, const int32_t* chosen, int ids, float* logits, int64_t logits_stride, int32_t* best, float* log_total) {
+    void pass(int thread, int wanted, const int32_t* chosen, int ids, float* logits, int64_t logits_stride) {
         const int count = int(tokens.size());
         const int64_t stride = round_up(shape.width, kPanel), qkv_stride = round_up((shape.heads + 2 * shape.kv_heads) * shape.head_width, kPanel);
         embed(thread);
@@ -234,13 +242,33 @@ struct glass_engine {
         const Rows rows = ready(thread, head_matrix(), x.data(), stride, wanted, chosen, vector(0, kFinalNorm), vector(0, kFinalNormBias));
         multiply(thread, head_matrix(), rows, wanted, nullptr, logits, logits_stride, false);
         team.barrier();
-        for (int r = thread; r < wanted; r += team.size()) {
-            float* row = logits + r * logits_stride;
+        const int blocks = (shape.vocab + kBlock - 1) / kBlock;
+        for (int item = thread; item < wanted * blocks; item += team.size()) {
+            const int begin = item % blocks * kBlock, end = std::min(shape.vocab, begin + kBlock);
+            float* row = logits + item / blocks * logits_stride;
             if (shape.logit_cap > 0)
-                for (int n = 0; n < shape.vocab; n++) row[n] = shape.logit_cap * std::tanh(row[n] / shape.logit_cap);
-            float maximum, total;
-            kernels->largest(row, ids, best + r, &maximum, &total);
-            log_total[r] = maximum + std::log(total);
+                for (int n = begin; n < end; n++) row[n] = shape.logit_cap * std::tanh(row[n] / shape.logit_cap);
+            Largest& part = parts[item] = {begin, -std::numeric_limits<float>::infinity(), 0};
+            if (begin < ids) {
+                kernels->largest(row + begin, std::min(end, ids) - begin, &part.best, &part.maximum, &part.total);
+                part.best += begin;
+            }
+        }
+    }
+
+    // Of the blocks of each row: the first largest logit, and log of the sum of all exponentials.
+    void conclude(int wanted, int32_t* best, float* log_total) const {
+        const int blocks = (shape.vocab + kBlock - 1) / kBlock;
+        for (int r = 0; r < wanted; r++) {
+            const Largest* row = parts.data() + r * blocks;
+            const Largest* top = row;
+            float total = 0;
+            for (int b = 1; b < blocks; b++)
+                if (row[b].maximum > top->maximum) top = row + b;
+            for (int b = 0; b < blocks; b++)
+                if (row[b].total != 0) total += row[b].total * std::exp(row[b].maximum - top->maximum);
+            best[r] = top->best;
+            log_total[r] = top->maximum + std::log(total);
         }
     }
 
@@ -285,9 +313,9 @@ struct glass_engine {
             std::vector<int32_t> rows;
             for (; done + int(rows.size()) < wanted && chosen[done + rows.size()] < end;) rows.push_back(chosen[done + rows.size()] - begin);
             const int found = int(rows.size());
-            team.run([&](int thread) {
-                pass(thread, found, rows.data(), ids, logits + done * stride, stride, best + done, log_total + done);
-            });
+            parts.resize(std::max<size_t>(parts.size(), found * ((shape.vocab + kBlock - 1) / kBlock)));
+            team.run([&](int thread) { pass(thread, found, rows.data(), ids, logits + done * stride, stride); });
+            conclude(found, best + done, log_total + done);
             done += found;
         }
     }

@@ -158,7 +158,17 @@ static void tiles(const Panel& p, const Rows& rows, int first, int count, const 
     }
 }
 
+#if defined(GG_AMX)
+#include "amx.h"
+#endif
+
 static void multiply(const Panel& p, const Rows& rows, int first, int count, const float* bias, float* y, int64_t y_stride, bool accumulate) {
+#if defined(GG_AMX)
+    if (fits_amx(p, rows, count)) {
+        const int done = (rows.planes == 2 ? multiply_amx<2> : multiply_amx<1>)(p, rows, first, count, bias, y, y_stride, accumulate);
+        first += done, count -= done, y += done * y_stride;
+    }
+#endif
     // a row of codes has one sum of its own, or two (planes), and where groups are scaled one by one also their total
     const bool fine = rows.planes == 2, grouped = p.groups > 1;
     if (p.format == kFloat32) return tiles<Float32, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
