@@ -50,7 +50,12 @@ COMMANDS = {
     "download": Command("fetch a model from the Hugging Face hub", "config.hub:Download", "loading:download"),
     "export": Command("write a model for other programs", "config.hub:Export", "exporting:export"),
     "merge": Command("add an adapter to the weights of its base", "config.hub:Merge", "exporting:merge"),
-    "bench generate": Command("speed of generation beside a peer", "config.lab:Bench", "lab.bench.generate:bench"),
+    "quantize": Command("store a model in 8 or 4 bits", "config.quantize:Quantize", "compress.quantize:quantize"),
+    "prune": Command("take weights, heads or channels out of a model", "config.prune:Prune", "compress.prune:prune"),
+    "distill": Command("teach a smaller model what a larger one knows", "config.distill:Distill", "compress.distill:distill"),
+    "bench generate": Command(
+        "speed of generation beside other engines", "config.bench:BenchGenerate", "lab.bench.generate.generate:bench_generate"
+    ),
     "bench train": Command("speed and memory of training beside peers", "config.bench:BenchTrain", "lab.bench.train:bench_train"),
     "bench device": Command("CPU against GPU, float32 against bf16", "config.bench:BenchDevice", "lab.bench.device:bench_device"),
     "bench inspect": Command(
@@ -73,6 +78,11 @@ COMMANDS = {
         "lab.temperature.sweep:temperature_sweep",
     ),
     "lab coherence": Command("how far back a model looks", "config.coherence:Coherence", "lab.coherence.coherence:coherence"),
+    "lab compression": Command(
+        "size, speed and quality of every smaller model",
+        "config.compression:Compression",
+        "lab.compression.compression:compression",
+    ),
     "lab qkv": Command("fused QKV or three matrices; tied head or not", "config.qkv:Qkv", "lab.qkv.qkv:qkv"),
 }
 GROUPS = {verb.split()[0] for verb in COMMANDS if " " in verb}

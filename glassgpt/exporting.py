@@ -22,7 +22,7 @@ GGUF_FILE = "model.gguf"
 
 def export(config: Export) -> Path:
     """Write a model in a layout of choice; returns the folder. It appears complete or not at all."""
-    model, tokenizer = load(config.model, dtype=_dtype(config.dtype))
+    model, tokenizer = load(config.model, dtype=_dtype(config.dtype), plain=True)
     return _write(model, tokenizer, config.to, Path(config.out_dir), Path(config.model).name)
 
 

@@ -13,6 +13,7 @@ from glassgpt.config import PRESETS, ModelConfig, UserError, nearest
 from glassgpt.config.errors import first_line
 from glassgpt.config.hub import Download
 from glassgpt.model import GPT, lora, weights
+from glassgpt.model.quantised import dequantised
 from glassgpt.text import Tokenizer
 from glassgpt.text.tokenizer import VOCABULARY_FILES
 
@@ -48,11 +49,15 @@ class Found(NamedTuple):
         there = self.stored()
         return weights.read_hf_config(there.folder) if there.is_hf else weights.read_config(there.folder)
 
-    def model(self, dtype: torch.dtype | None = None, merge: bool = True) -> GPT:
-        """The network in `dtype` (None: as stored); an adapter is added to the weights, unless `merge` is False."""
+    def model(self, dtype: torch.dtype | None = None, merge: bool = True, plain: bool = False) -> GPT:
+        """The network in `dtype` (None: as stored); an adapter is added to the weights, unless `merge` is False.
+
+        A quantised one is dequantised for an adapter, or when it must be `plain`.
+        """
         if self.base is None:
-            return (weights.load_hf(self.folder) if self.is_hf else weights.load(self.folder)).to(dtype)
-        model = lora.load_adapter(self.base.model(dtype), self.folder)
+            model = (weights.load_hf(self.folder) if self.is_hf else weights.load(self.folder)).to(dtype)
+            return dequantised(model) if plain else model
+        model = lora.load_adapter(self.base.model(dtype, plain=True), self.folder)
         return lora.merge(model) if merge else model
 
     def tokenizer(self) -> Tokenizer:
@@ -64,18 +69,24 @@ class Found(NamedTuple):
 
 
 def load(
-    name: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = torch.float32, merge: bool = True
+    name: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    merge: bool = True,
+    plain: bool = False,
 ) -> tuple[GPT, Tokenizer]:
     """`model, tokenizer = load(name)`; `model(ids)` gives logits (B, T, V).
 
     `name` is a bundled model, a run folder (its newest complete checkpoint), a folder of ours or of Hugging Face's, a hub
     id that `glassgpt download` has fetched, or the folder of an adapter, ours or `peft`'s, upon any of these. Nothing is
     downloaded here. Weights are converted to `dtype` (None keeps the stored one); the model is in evaluation mode. An
-    adapter is added to the weights; with `merge=False` it stays beside them (`glassgpt.model.lora`). Raises UserError
-    saying what was looked for and where.
+    adapter is added to the weights; with `merge=False` it stays beside them (`glassgpt.model.lora`). A quantised model keeps
+    its codes (`glassgpt.model.quantised`), or with `plain=True` is the float model that they stand for, which can be trained.
+    Raises UserError saying what was looked for and where.
     """
     found = find(name)
-    model = found.model(dtype, merge).to(pick_device(device), dtype).eval()
+    model = found.model(dtype, merge, plain).to(pick_device(device), dtype).eval()
     tokenizer = found.tokenizer()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(

@@ -120,6 +120,8 @@ class Pretrain:
     """Continue from the weights and with the tokenizer of this model (a run folder, or anything that `generate` takes) on new
     data; its shape is kept, but for model.dropout. From a run, loss is reported on everything that run was trained on: what is
     forgotten shows."""
+    keep_zeros: bool = False
+    """With `--start`: weights of the blocks' matrices that are exactly zero there stay zero, as `glassgpt prune` needs them."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["nano"])
     """The network; `--model NAME` starts from a preset, `--model.FIELD` changes one field."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -176,6 +178,8 @@ class Pretrain:
             raise UserError(f"chaos must not be negative; got {self.chaos}")
         if self.data.replay_share and self.start is None:
             raise UserError("data.replay_share needs --start RUN, the run whose data are to be replayed")
+        if self.keep_zeros and self.start is None:
+            raise UserError("keep_zeros needs --start MODEL, the model whose zeros are to stay")
         if not self.sample_prompt:
             raise UserError("sample_prompt is empty; give at least one character")
         if self.keep_checkpoints < 2:

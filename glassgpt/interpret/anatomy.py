@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from glassgpt.config import ModelConfig, UserError
+from glassgpt.config.quantize import stored_bytes
 from glassgpt.interpret.cost import activation_bytes, active_parameters, cache_numbers
 from glassgpt.model import GPT
 
@@ -30,13 +31,18 @@ class TensorInfo:
     """Dotted, as in `model.state_dict()`."""
     shape: tuple[int, ...]
     dtype: str
-    """As stored; `unknown` for files that cannot tell without being read whole."""
+    """As stored; int8 or int4/32 for quantised ones, after / the inputs that share a scale; `unknown` for files that cannot tell
+    without being read whole."""
     count: int
     """Parameters that it adds to the model: 0 when it is another name for `tied_to`."""
     share: float
     """`count` over the model's parameters."""
     tied_to: str | None = None
     """The tensor that this one is."""
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.dtype.startswith("int")
 
 
 @dataclass(frozen=True)
@@ -128,9 +134,13 @@ class Anatomy:
     @property
     def stored_bytes(self) -> int | None:
         """Size of the stored parameters; None where a dtype is not known."""
-        if any(tensor.dtype not in BYTES for tensor in self.tensors):
+        if any(tensor.dtype not in BYTES and not tensor.is_quantised for tensor in self.tensors):
             return None
-        return sum(tensor.count * BYTES[tensor.dtype] for tensor in self.tensors)
+        return sum(
+            stored_bytes(tensor.dtype, *tensor.shape) if tensor.is_quantised else tensor.count * BYTES[tensor.dtype]
+            for tensor in self.tensors
+            if tensor.tied_to is None
+        )
 
 
 def anatomy(

@@ -19,6 +19,7 @@ from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.lens import kl_bits, residual_stream
 from glassgpt.interpret.next_token import Surprise, surprises
 from glassgpt.model import GPT, lora
+from glassgpt.model.quantised import dequantised
 from glassgpt.text import Tokenizer
 
 
@@ -133,6 +134,7 @@ def parameter_differences(a: GPT, b: GPT) -> list[ParameterDifference]:
 
 def _parameters(model: GPT) -> dict[str, Tensor]:
     """Parameters by the names that they have without adapters; those that are on are added to their matrix."""
+    model = dequantised(model)
     adapters = lora.adapters(model)
     found: dict[str, Tensor] = {name.replace(".base.", "."): p for name, p in model.named_parameters() if name not in adapters}
     for name, module in model.named_modules():

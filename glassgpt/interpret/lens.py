@@ -25,6 +25,7 @@ from glassgpt.generation.sampling import entropy, exact
 from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.next_token import NATS_PER_BIT, ranks
 from glassgpt.model import GPT, weights
+from glassgpt.model.quantised import dequantised
 
 FACTS_FILE = "tuned_lens.json"
 WEIGHTS_FILE = "tuned_lens.safetensors"
@@ -161,7 +162,7 @@ def _facts(model: GPT) -> dict[str, Any]:
     Those are rounded to bfloat16, so that a model is the same in float64, float32 and bfloat16.
     """
     known = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in dequantised(model).named_parameters():
         numbers = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLE)].bfloat16()
         known.update(f"{name} {tuple(parameter.shape)}".encode() + numbers.view(torch.int16).cpu().numpy().tobytes())
     return {"n_layer": model.config.n_layer, "width": model.config.width, "sha256": known.hexdigest()}

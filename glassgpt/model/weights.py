@@ -1,6 +1,7 @@
 """Weights to and from files: our own folders and Hugging Face's, whose names for things are in `families`.
 
-Ours: `model.json` (the configuration) and `model.safetensors` (parameters by our names; a tied head is stored once).
+Ours: `model.json` (the configuration) and `model.safetensors` (parameters by our names; a tied head is stored once); what a
+quantised model has instead of some of them is in `quantised_files`.
 Theirs: `config.json` and weights as safetensors or PyTorch pickles, whole or in shards.
 """
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.errors import first_line
 from glassgpt.config.files import from_plain
+from glassgpt.config.quantize import Recipe
+from glassgpt.model import quantised_files
 from glassgpt.model.families import Family, Stored, family, family_of
 from glassgpt.model.gpt import GPT
 
@@ -44,27 +47,42 @@ def save(model: GPT, folder: Path, dtype: torch.dtype | None = None, tensors: Ma
     if any(".lora_" in name for name in named):
         raise UserError("a model with adapters is no plain model; merge them first, or save the adapters")
     plain = {name: p.detach().to("cpu", dtype).contiguous() for name, p in named.items()}
+    plain |= {name: p.to("cpu").contiguous() for name, p in quantised_files.to_tensors(model).items()}
     safetensors.torch.save_file(plain, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     save_config(model, folder)
 
 
 def save_config(model: GPT, folder: Path) -> None:
     """Write `model.json`."""
-    (folder / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(model.config), indent=1) + "\n")
+    values = dataclasses.asdict(model.config) | quantised_files.recipe_values(model)
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of one of our folders."""
-    values = _read_json(folder / CONFIG_FILE)
+    return _read_own(folder)[0]
+
+
+def read_recipe(folder: Path) -> Recipe | None:
+    """How the model of one of our folders was quantised; None for a plain one."""
+    return _read_own(folder)[1]
+
+
+def _read_own(folder: Path) -> tuple[ModelConfig, Recipe | None]:
+    path = folder / CONFIG_FILE
+    values = _read_json(path)
+    recipe = values.pop(quantised_files.KEY, None)
     try:
-        return from_plain(ModelConfig, values)
+        return from_plain(ModelConfig, values), None if recipe is None else quantised_files.read_recipe(recipe)
     except UserError as error:
-        raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def load(folder: Path) -> GPT:
     """Read one of our folders. Raises UserError naming every tensor that is missing, unexpected or of a wrong shape."""
-    config = read_config(folder)
+    config, recipe = _read_own(folder)
+    if recipe is not None:
+        return quantised_files.from_tensors(config, recipe, _read_tensors(folder, [WEIGHTS_FILE]), folder)
     tensors = _read_sharded(config, folder) if (folder / SHARDED).is_dir() else _read_tensors(folder, [WEIGHTS_FILE])
     return _fill(config, tensors, _own_names(config), folder)
 
@@ -198,6 +216,9 @@ def stored_dtypes(config: ModelConfig, folder: Path, is_hf: bool) -> dict[str, s
             found |= _read_dtypes(path)
     kind = _read_hf(folder)[0] if is_hf else None
     found = {name.removeprefix(kind.prefix if kind else ""): dtype for name, dtype in found.items()}
+    recipe = None if is_hf else read_recipe(folder)
+    if recipe is not None:
+        found |= {f"{name}.weight": recipe.kind(bits) for name, bits in recipe.matrices.items() if f"{name}.codes" in found}
     theirs = _hf_names(kind, config) if kind else _own_names(config)
     firsts = {ours: stored.names[0] for ours, stored in theirs.items()}
     return {ours: _DTYPES.get(found[name], found[name]) for ours, name in firsts.items() if name in found}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from glassgpt.interpret.cost import CHUNK_LOGITS, PIECE_LOGITS
 from glassgpt.model import GPT, Routes
+from glassgpt.model.quantised import QuantisedLinear
 
 IGNORE = -100
 """A target that nothing is learned from."""
@@ -166,6 +167,8 @@ class Scored(nn.Module):
         if routes is None and config.moe.experts and self.training:
             routes = Routes()
         hidden = self.model.hidden(ids, segments=segments, routes=routes)
+        if isinstance(self.model.head, QuantisedLinear):
+            hidden = self.model.head.rounded(hidden)
         loss = head_loss(hidden, self.model.head.weight, targets, config.logit_cap, weights)
         if routes is None or not self.training:
             return loss.sum

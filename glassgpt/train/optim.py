@@ -58,6 +58,19 @@ def build(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     return [*optimizers, muon]
 
 
+def keep_zeros(model: GPT, optimizers: list[Optimizer]) -> None:
+    """Hold at zero, after every step, what is exactly zero now in the blocks' matrices: the weights that pruning took."""
+    kept = {p: p.detach() != 0 for p in model.blocks.parameters() if p.ndim >= 2}
+
+    @torch.no_grad()
+    def clear(optimizer: Optimizer, *_: object) -> None:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p in kept):
+            parameter.mul_(kept[parameter])
+
+    for optimizer in optimizers:
+        optimizer.register_step_post_hook(clear)
+
+
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
     """Rate of `step` (0-based): linear warm-up, a stable part, then cosine or linear fall to `final_share` of the peak at the
     last step."""

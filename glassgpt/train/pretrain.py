@@ -34,7 +34,7 @@ SHARDS = "shards"
 SAMPLING = Sampling(temperature=0.8)
 SAMPLE_TOKENS = 48
 FIXED_ON_RESUME = (
-    *("start", "model", "data", "optim", "max_steps", "batch_size", "accumulation_steps", "seed"),
+    *("start", "keep_zeros", "model", "data", "optim", "max_steps", "batch_size", "accumulation_steps", "seed"),
     *("precision", "compile", "bad_steps", "spike_deviations"),
 )
 
@@ -66,7 +66,7 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
     torch.manual_seed(config.seed)
     model = GPT(shape)
     if config.start and not complete_checkpoints(run):
-        checkpoint.put(model, load(config.start)[0])
+        checkpoint.put(model, load(config.start, plain=True)[0])
     model.to(device)
     use_attention(model, machine.attend_by(device))
     compiled = config.compile == "on"
@@ -97,6 +97,8 @@ def _train(config: Pretrain, ranks: Ranks) -> Path:
         sums_gradients=False,  # what `spread` gives does it during the backward pass
         saved_as={"sharded": config.parallel.sharded_checkpoints},
     ) as session:
+        if config.keep_zeros:
+            optim.keep_zeros(model, optimizers)
         session.say(
             f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks.world} x {device}, {config.precision}"
             f"{', compiled' if compiled else ''}; {corpus.count('train'):,} training tokens, {corpus.count('val'):,} held out;"

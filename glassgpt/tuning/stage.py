@@ -77,7 +77,7 @@ def start(config: Tuning, ranks: Ranks) -> tuple[GPT, Tokenizer]:
 
     With `lora.rank` its own weights are frozen, and adapters stand beside them.
     """
-    model, tokenizer = load(config.start, device=str(ranks.device))
+    model, tokenizer = load(config.start, device=str(ranks.device), plain=True)
     if config.precision == "fp64":
         model.double()
     tokenizer = tokenizer.with_template(chat.template_of(tokenizer) if config.data.template == "chat" else None)
@@ -94,7 +94,7 @@ def reference(config: Tuning, model: GPT) -> GPT | None:
     """The starting model as it stays, without gradients; None when it is the trained one with its adapters off."""
     if config.lora.rank:
         return None
-    own, _ = load(config.start, device=str(next(model.parameters()).device))
+    own, _ = load(config.start, device=str(next(model.parameters()).device), plain=True)
     own.to(next(model.parameters()).dtype).requires_grad_(False)
     use_attention(own, machine.attend_by(next(model.parameters()).device))
     return own.eval()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glassgpt.interpret.attribution import linear_parts
 from glassgpt.model import GPT
+from glassgpt.model.quantised import dequantised
 
 BINS = 40
 """Bars of a histogram of weights."""
@@ -45,8 +46,10 @@ class WeightStats:
 def weight_stats(model: GPT) -> Iterator[WeightStats]:
     """Every parameter under every name, a tied head's too, in the order of the forward pass.
 
-    A matrix with an adapter is what the network multiplies by: the two added up, under the matrix's own name.
+    A matrix with an adapter is what the network multiplies by: the two added up, under the matrix's own name. A quantised one is
+    the numbers that its codes stand for.
     """
+    model = dequantised(model)
     first_name: dict[torch.nn.Parameter, str] = {}
     for full_name, parameter in model.named_parameters(remove_duplicate=False):
         if ".lora_" in full_name:

@@ -14,6 +14,7 @@ from glassgpt.interpret.attribution import attribute
 from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.next_token import next_tokens, rest, surprises
 from glassgpt.interpret.views.view import BLUE, ORANGE, Read, View, bar, clamped, percent, table, title, token_id
+from glassgpt.model.quantised import parameter_count
 
 SHOWN_TOKENS = 40
 SHOWN_HEADS = 6
@@ -43,7 +44,7 @@ def summary(config: Inspect, read: Read) -> View:
     ]
     facts = {
         "model": read.name,
-        "parameters": sum(parameter.numel() for parameter in read.model.parameters()),
+        "parameters": parameter_count(read.model),
         "layers": read.model.config.n_layer,
         "heads": read.model.config.n_head,
         "tokens": tokens,

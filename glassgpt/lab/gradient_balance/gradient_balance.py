@@ -87,7 +87,7 @@ def run_name(mode: str, seed: int) -> str:
 
 
 def _model(config: GradientBalance, device: torch.device) -> GPT:
-    model, _ = load(config.model, device=str(device))
+    model, _ = load(config.model, device=str(device), plain=True)
     use_attention(model, machine.attend_by(device))
     return model
 
