@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from glassgpt.config.compute import Compute, Dtype
 from glassgpt.config.errors import UserError, check_at_least
 from glassgpt.config.generate import Sampling
+from glassgpt.config.speculation import Speculation
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class Chat:
     """Equal seeds give equal conversations; a random one is drawn when not given."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best there is."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Arithmetic."""
+    compute: OmitArgPrefixes[Compute] = field(default_factory=Compute)
+    dtype: Dtype | None = None
+    """The older name of --precision."""
+    speculation: OmitArgPrefixes[Speculation] = field(default_factory=Speculation)
     json: bool = False
     """One JSON object instead of text: the conversation, and how each answer ended."""
 

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from glassgpt.config.compute import Compute, Dtype
 from glassgpt.config.errors import UserError, check_at_least
+from glassgpt.config.speculation import Speculation
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,10 @@ class Generate:
     """Write on after the end-of-text token."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for the best there is."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Arithmetic."""
+    compute: OmitArgPrefixes[Compute] = field(default_factory=Compute)
+    dtype: Dtype | None = None
+    """The older name of --precision."""
+    speculation: OmitArgPrefixes[Speculation] = field(default_factory=Speculation)
     json: bool = False
     """One JSON object instead of text."""
 

@@ -16,12 +16,13 @@ GROWTH = 128
 class KVCache:
     """Keys and values of every layer, (B, G, S, W) each. Made per generation and passed in; nothing stays on the model.
 
-    B batch, G heads of keys and values, S positions held, W head width. A layer that sees a window holds no more than the window.
-    Memory: 2 * B * G * W numbers a layer and position.
+    B batch, G heads of keys and values, S positions held, W head width. A layer that sees a window holds no more than the window
+    and `spare` positions, which is how many `rewind` can take back. Memory: 2 * B * G * W numbers a layer and position.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spare: int = 0) -> None:
         self.length = 0
+        self._spare = spare
         self._limit = config.context_tokens
         spans = [config.span(layer) for layer in range(config.n_layer)]
         self._windows = [config.window_tokens if span == "window" else None for span in spans]
@@ -52,13 +53,13 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def _slid(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        held = self.held(layer)
+        held, room = self.held(layer), (self._windows[layer] or 0) + self._spare
         before_k, before_v = self._k[layer], self._v[layer]
-        keys = k if before_k is None else torch.cat((before_k[:, :, before_k.size(2) - held :], k), dim=2)
-        values = v if before_v is None else torch.cat((before_v[:, :, before_v.size(2) - held :], v), dim=2)
-        room = self._windows[layer] or 0
+        keys = k if before_k is None else torch.cat((before_k, k), dim=2)
+        values = v if before_v is None else torch.cat((before_v, v), dim=2)
         self._k[layer], self._v[layer] = (x[:, :, -room:].clone() for x in (keys, values))  # not a view of something larger
-        return keys, values
+        first = keys.size(2) - k.size(2) - held
+        return keys[:, :, first:], values[:, :, first:]
 
     def _with_room(self, held: Tensor | None, new: Tensor, end: int) -> Tensor:
         if held is not None and held.size(2) >= end:
@@ -71,13 +72,26 @@ class KVCache:
 
     def keep(self, rows: Tensor, drop: int = 0) -> None:
         """Keep only these rows (1-D indices) of the batch, without their first `drop` positions: what is over costs nothing."""
-        held = [self.held(layer) for layer in range(len(self._k))]
+        before = self.length
         self.length -= drop
         for layer, window in enumerate(self._windows):
             for tensors in (self._k, self._v):
                 if (tensor := tensors[layer]) is not None:
-                    end = self.length + drop if window is None else tensor.size(2)
-                    tensors[layer] = tensor[rows, :, end - min(held[layer], self.held(layer)) : end]
+                    end = before if window is None else tensor.size(2)
+                    held = min(end, self.length, self.held(layer) + self._spare)
+                    tensors[layer] = tensor[rows, :, end - held : end]
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` positions. Raises ValueError where a window no longer holds what it would see."""
+        cut = self.length - length
+        self.length = length
+        for layer, window in enumerate(self._windows):
+            for tensors in (self._k, self._v):
+                if window is not None and (tensor := tensors[layer]) is not None:
+                    left = tensor.size(2) - cut
+                    if left < self.held(layer):
+                        raise ValueError(f"a window can take back at most {self._spare} positions; got {cut}")
+                    tensors[layer] = tensor[:, :, :left]
 
     @property
     def nbytes(self) -> int:

@@ -20,10 +20,11 @@ from glassgpt.config import UserError, nearest
 from glassgpt.config.chat import Chat
 from glassgpt.config.files import fsync
 from glassgpt.config.generate import Sampling
-from glassgpt.generation import engine
+from glassgpt.generation import engine, speculative
+from glassgpt.generation.backend import open_guesses, open_model
+from glassgpt.generation.runner import Model
+from glassgpt.generation.speculative import Acceptance, Guesses
 from glassgpt.generation.writer import Row
-from glassgpt.loading import load
-from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 from glassgpt.text.chat import Message, end_ids, prompt
 
@@ -113,15 +114,16 @@ class Conversation:
 
     def __init__(
         self,
-        model: GPT,
+        model: Model,
         tokenizer: Tokenizer,
         sampling: Sampling,
         *,
         max_new_tokens: int,
         seed: int,
         messages: Sequence[Message] = (),
+        guesses: Guesses | None = None,
     ) -> None:
-        """`messages` go before: a system message, if any, then messages and answers in turn.
+        """`messages` go before: a system message, if any, then messages and answers in turn. `guesses` make it faster.
 
         Raises UserError when the template refuses them.
         """
@@ -130,6 +132,9 @@ class Conversation:
         self.turns = [message for message in messages if message.role != "system"]
         """Messages and answers in turn, the forgotten ones too."""
         self.forgotten = 0
+        self.acceptance = Acceptance()
+        """How good the guesses were."""
+        self._guesses = guesses
         self._attempt = 0
         self._ends = frozenset(end_ids(tokenizer))
         self._stops = STOPS if tokenizer.template is None else ()
@@ -183,8 +188,9 @@ class Conversation:
             return row.add(token, self.tokenizer.token_bytes(token.id), token.id in self._ends)
 
         limit, n_ids = self.max_new_tokens, self.tokenizer.vocab_size
+        stream = speculative.either(self._guesses, self.acceptance)
         try:
-            for _ in engine.stream(self.model, [turn.ids], self.sampling, [generator], limit, ends, n_ids=n_ids):
+            for _ in stream(self.model, [turn.ids], self.sampling, [generator], limit, ends, n_ids=n_ids):
                 pass
             row.close("length" if len(row.tokens) == limit else "context")
         except KeyboardInterrupt:
@@ -260,24 +266,26 @@ def chat(config: Chat) -> Conversation:
     messages, is_ours = ([], False) if path is None else read(path)
     if config.system is not None:
         messages = [Message("system", config.system), *(message for message in messages if message.role != "system")]
-    model, tokenizer = load(config.model, device=config.device, dtype=getattr(torch, config.dtype))
+    compute = config.compute.with_dtype(config.dtype)
+    opened = open_model(config.model, config.device, compute)
     conversation = Conversation(
-        model,
-        tokenizer,
+        opened.model,
+        opened.tokenizer,
         config.sampling,
         max_new_tokens=config.max_new_tokens,
         seed=secrets.randbelow(2**31) if config.seed is None else config.seed,
         messages=messages,
+        guesses=open_guesses(config.speculation, opened.tokenizer, config.device, compute),
     )
     if at_terminal:
-        Terminal(conversation, {path.resolve()} if path and is_ours else set()).run(config.model)
+        Terminal(conversation, {path.resolve()} if path and is_ours else set()).run(config.model, opened.parameters)
     else:
-        _answer_all(config, conversation, config.message or _lines())
+        _answer_all(config, conversation, config.message or _lines(), opened.used)
     return conversation
 
 
-def _answer_all(config: Chat, conversation: Conversation, messages: Iterable[str]) -> None:
-    """Print the answers, or one JSON object. What else there is to say goes to stderr."""
+def _answer_all(config: Chat, conversation: Conversation, messages: Iterable[str], used: dict[str, object]) -> None:
+    """Print the answers, or one JSON object with what was `used`. What else there is to say goes to stderr."""
     replies: list[Reply] = []
     for text in messages:
         turn = conversation.ask(text)
@@ -299,12 +307,15 @@ def _answer_all(config: Chat, conversation: Conversation, messages: Iterable[str
             "model": config.model,
             "seed": conversation.seed,
             "sampling": dataclasses.asdict(config.sampling),
-            "options": {"max_new_tokens": config.max_new_tokens, "dtype": config.dtype},
+            "options": {"max_new_tokens": config.max_new_tokens},
+            **used,
             "template": conversation.tokenizer.template is not None,
             **as_json(conversation.messages),
             "answers": [reply._asdict() for reply in replies],
             "forgotten": conversation.forgotten,
         }
+        if config.speculation.is_on:
+            answer["speculation"] = dataclasses.asdict(config.speculation) | conversation.acceptance.as_json()
         print(json.dumps(answer, ensure_ascii=False))
 
 
@@ -341,10 +352,9 @@ class Terminal:
         except ImportError:
             self._edits = False
 
-    def run(self, name: str) -> None:
+    def run(self, name: str, parameters: int) -> None:
         """Talk until the person ends it."""
         model, has_own = self._talk.model, self._talk.tokenizer.template is not None
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         template = "its own chat template" if has_own else "no chat template"
         facts = f"{parameters:,} parameters, context of {model.config.context_tokens} tokens, {template}"
         print(f"{_painted(name, BOLD)}: {facts}")

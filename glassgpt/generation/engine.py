@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from glassgpt.config import UserError
 from glassgpt.config.generate import Sampling
-from glassgpt.generation.cache import KVCache, as_batch
-from glassgpt.generation.sampling import choose, exact, penalised
-from glassgpt.model import GPT
+from glassgpt.generation.runner import Model, Runner, Scores, start
+from glassgpt.generation.sampling import choose, penalised
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def fit(ids: Sequence[int], context_tokens: int, keep_tokens: int | None = None)
 
 @torch.inference_mode()
 def stream(
-    model: GPT,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     generators: Sequence[torch.Generator],
@@ -57,60 +57,83 @@ def stream(
 ) -> Iterator[Token]:
     """Continue each prompt; yields every token as it is drawn, all rows of a step together, rows in order.
 
-    The first forward pass reads the prompts (prefill); every later one feeds one token a row through the cache (decode).
+    The first forward pass reads the prompts (prefill), equal ones once; every later one feeds one token a row (decode).
     A row goes on until `ends(token)` is true, `max_new_tokens` are written, or the context is full; it then leaves the
     batch. `generators` holds one random generator a row. Only the first `n_ids` of the vocabulary can be drawn (all if not
     given): some models have more rows than their tokenizer has tokens. Raises UserError for an empty or too long prompt.
     """
-    device = next(model.parameters()).device
     prompts = [fit(ids, model.config.context_tokens) for ids in prompts]
     room = [min(max_new_tokens, model.config.context_tokens - len(ids) + 1) for ids in prompts]
-    ids, pad = as_batch(prompts, device)  # (B, T), (B,)
     rows = list(range(len(prompts)))
-    cache = KVCache(model.config)
-    history = History(prompts, n_ids or model.config.vocab_size, device) if History.matters(sampling) else None
+    runner = start(model, n_ids)
+    history = History(prompts, n_ids or model.config.vocab_size, runner.device) if History.matters(sampling) else None
     step = 0
-    while rows:
-        logits = exact(model.logits(model.hidden(ids, cache, pad)[:, -1])[:, :n_ids])  # (B, V)
-        if logits.isnan().any():
-            raise UserError("the model's logits are not numbers (NaN): its weights are damaged, or its training had diverged")
-        wanted = penalised(logits, sampling, history.seen, history.written) if history else logits
-        drawn = choose(wanted, sampling, [generators[row] for row in rows])  # (B,)
-        step += 1
-        tokens = _tokens(rows, drawn, logits.log_softmax(-1), n_top)
-        yield from tokens
-        ids = drawn[:, None]  # (B, 1)
-        if history:
-            history.add(drawn)
-        left = [i for i, token in enumerate(tokens) if not ends(token) and step < room[token.row]]
-        if left and len(left) < len(rows):
-            index = torch.tensor(left, device=device)
-            ids, pad, drop = ids[index], *_trimmed(pad, index)
-            cache.keep(index, drop)
+    try:
+        scores = read(runner, prompts)
+        while rows:
+            drawn = drawn_from(scores, sampling, history, [generators[row] for row in rows])  # (B,)
+            step += 1
+            tokens = as_tokens(rows, drawn, scores, n_top)
+            yield from tokens
             if history:
-                history.keep(index)
-        rows = [rows[i] for i in left]
+                history.add(drawn)
+            left = [i for i, token in enumerate(tokens) if not ends(token) and step < room[token.row]]
+            if left and len(left) < len(rows):
+                runner.keep(left)
+                if history:
+                    history.keep(left)
+            rows = [rows[i] for i in left]
+            if rows:
+                scores = runner.feed([[tokens[i].id] for i in left])
+    finally:
+        runner.close()
 
 
-def _tokens(rows: list[int], drawn: Tensor, log_p: Tensor, n_top: int) -> list[Token]:
-    chosen = log_p.gather(-1, drawn[:, None]).squeeze(-1).tolist()
-    values, ids = (t.tolist() for t in log_p.topk(min(n_top, log_p.size(-1)))) if n_top else ([()] * len(rows),) * 2
+def read(runner: Runner, prompts: Sequence[Sequence[int]]) -> Scores:
+    """Make a row of each prompt; one that occurs several times is computed once, if the runner can copy it."""
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    fork = getattr(runner, "fork", None)
+    if fork is None or len(different) == len(prompts):
+        return runner.feed(prompts)
+    scores = runner.feed(different)
+    sources = [different.index(tuple(ids)) for ids in prompts]
+    fork(sources)
+    return scores.of(sources)
+
+
+def drawn_from(scores: Scores, sampling: Sampling, history: History | None, generators: list[torch.Generator]) -> Tensor:
+    """The next token (B,) of each row. The likeliest, without penalties, needs no pass over the vocabulary."""
+    if sampling.temperature == 0 and history is None:
+        return scores.best
+    logits = penalised(scores.logits, sampling, history.seen, history.written) if history else scores.logits
+    return choose(logits, sampling, generators)
+
+
+def as_tokens(rows: Sequence[int], drawn: Tensor, scores: Scores, n_top: int) -> list[Token]:
+    """What was drawn (n,), with its log-probability under the model. Raises UserError for scores that are not numbers."""
+    totals = numbers(scores)
+    chosen = scores.logits.gather(-1, drawn[:, None]).squeeze(-1).tolist()
+    tops = _likeliest(scores.logits, totals, n_top) if n_top else [()] * len(totals)
     return [
-        Token(row, token_id, logprob, tuple(zip(top_ids, top_values, strict=True)))
-        for row, token_id, logprob, top_ids, top_values in zip(rows, drawn.tolist(), chosen, ids, values, strict=True)
+        Token(row, token_id, logit - total, top)
+        for row, token_id, logit, total, top in zip(rows, drawn.tolist(), chosen, totals, tops, strict=True)
     ]
 
 
-def _trimmed(pad: Tensor | None, index: Tensor) -> tuple[Tensor | None, int]:
-    """Padding of the rows that stay, less what is common to all, and how much that is.
+def numbers(scores: Scores) -> list[float]:
+    """`log_total` as numbers. Raises UserError where it is none, as it is wherever a logit is none."""
+    totals: list[float] = scores.log_total.tolist()
+    if any(map(math.isnan, totals)):
+        raise UserError("the model's logits are not numbers (NaN): its weights are damaged, or its training had diverged")
+    return totals
 
-    The longest row that stays then starts at position 0, so the padded length never passes the context.
-    """
-    if pad is None:
-        return None, 0
-    pad = pad[index]
-    common = int(pad.min())
-    return (pad - common if bool((pad > common).any()) else None), common
+
+def _likeliest(logits: Tensor, totals: Sequence[float], n_top: int) -> list[tuple[tuple[int, float], ...]]:
+    values, ids = (x.tolist() for x in logits.topk(min(n_top, logits.size(-1))))  # (n, n_top)
+    return [
+        tuple((token_id, value - total) for token_id, value in zip(row_ids, row_values, strict=True))
+        for row_ids, row_values, total in zip(ids, values, totals, strict=True)
+    ]
 
 
 class History:
@@ -131,5 +154,6 @@ class History:
         self.seen.scatter_(1, drawn[:, None], True)
         self.written.scatter_add_(1, drawn[:, None], torch.ones_like(drawn[:, None], dtype=self.written.dtype))
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
+        rows = list(rows)
         self.seen, self.written = self.seen[rows], self.written[rows]

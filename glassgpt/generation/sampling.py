@@ -35,10 +35,10 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     # the distance to the largest logit is at most 0, so a tiny temperature sends it to -inf, never to NaN
     number = torch.finfo(logits.dtype)
-    logits = (logits - logits.max(-1, keepdim=True).values) / min(max(sampling.temperature, number.tiny), number.max)
+    logits = (logits - logits.amax(-1, keepdim=True)).div_(min(max(sampling.temperature, number.tiny), number.max))
     if 0 < sampling.top_k < logits.size(-1):
         kth = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        logits.masked_fill_(logits < kth, float("-inf"))
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
         order = logits.argsort(dim=-1, descending=True, stable=True)  # logits differ where probabilities round to a tie
@@ -68,11 +68,12 @@ def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
     number = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
     uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(number)
     cumulative = probabilities.to(number).cumsum(-1)
-    point = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
+    point = uniform.to(cumulative.device)[:, None] * total
     # the first token whose cumulative mass exceeds the point; rounding must not pass the last possible one
-    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
-    last = probabilities.size(-1) - 1 - probabilities.flip(-1).gt(0).int().argmax(-1)
-    return torch.minimum(drawn, last)
+    drawn = torch.searchsorted(cumulative, point, right=True)
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(drawn, last).squeeze(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -16,14 +16,15 @@ import torch
 
 from glassgpt.config import UserError
 from glassgpt.config.generate import Generate, Sampling
-from glassgpt.generation import engine
+from glassgpt.generation import engine, speculative
+from glassgpt.generation.backend import open_guesses, open_model
 from glassgpt.generation.engine import Token
-from glassgpt.loading import load
-from glassgpt.model import GPT
+from glassgpt.generation.runner import Model
+from glassgpt.generation.speculative import Acceptance, Guesses
 from glassgpt.text import Tokenizer
 
-OPTIONS = ("max_new_tokens", "stop", "overflow", "ignore_end", "dtype")
-"""What besides the sampling and the seed decides a text."""
+OPTIONS = ("max_new_tokens", "stop", "overflow", "ignore_end")
+"""What besides the sampling, the seed and the numbers decides a text."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Row:
 
 
 def complete(
-    model: GPT,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: Sampling,
@@ -113,11 +114,14 @@ def complete(
     ignore_end: bool = False,
     n_top: int = 0,
     show: Callable[[int, str], None] = lambda row, piece: None,
+    guesses: Guesses | None = None,
+    counts: Acceptance | None = None,
 ) -> list[Completion]:
     """Continue every prompt `n` times as one batch; completions in the order of the prompts, `n` for each.
 
     A text depends on its prompt, `seed` and its number among the `n`, never on the other prompts. `show(row, piece)` gets
-    text as it is written. Raises UserError for an empty or too long prompt.
+    text as it is written. With `guesses` rows are written one after another, in fewer passes of the model (`speculative.stream`).
+    Raises UserError for an empty or too long prompt.
     """
     context = model.config.context_tokens
     # a prompt that is cut leaves room for the new tokens, and keeps at least half the context of its own
@@ -131,7 +135,8 @@ def complete(
         is_end = token.id == tokenizer.end_id and not ignore_end
         return rows[token.row].add(token, tokenizer.token_bytes(token.id), is_end)
 
-    for _ in engine.stream(model, ids, sampling, generators, max_new_tokens, ends, n_top, tokenizer.vocab_size):
+    stream = speculative.either(guesses, counts)
+    for _ in stream(model, ids, sampling, generators, max_new_tokens, ends, n_top, tokenizer.vocab_size):
         pass
     for row in rows:
         row.close("length" if len(row.tokens) == max_new_tokens else "context")
@@ -141,7 +146,10 @@ def complete(
 def generate(config: Generate) -> list[Completion]:
     """Continue the prompts and print the texts, streamed when there is only one."""
     prompts = read_prompts(config.prompt, config.prompt_file)
-    model, tokenizer = load(config.model, device=config.device, dtype=getattr(torch, config.dtype))
+    compute = config.compute.with_dtype(config.dtype)
+    opened = open_model(config.model, config.device, compute)
+    model, tokenizer = opened.model, opened.tokenizer
+    guesses, counts = open_guesses(config.speculation, tokenizer, config.device, compute), Acceptance()
     seed = secrets.randbelow(2**31) if config.seed is None else config.seed
     drop_oldest = config.overflow == "drop-oldest"
     live = len(prompts) * config.n == 1 and not config.json
@@ -162,9 +170,14 @@ def generate(config: Generate) -> list[Completion]:
         ignore_end=config.ignore_end,
         n_top=config.logprobs or 0,
         show=lambda row, piece: _print_piece(piece) if live else None,
+        guesses=guesses,
+        counts=counts,
     )
     if config.json:
-        print(json.dumps(as_json(config, seed, completions, tokenizer), ensure_ascii=False))
+        told = as_json(config, seed, completions, tokenizer) | opened.used
+        if guesses is not None:
+            told["speculation"] = dataclasses.asdict(config.speculation) | counts.as_json()
+        print(json.dumps(told, ensure_ascii=False))
         return completions
     if live:
         print()

@@ -78,6 +78,7 @@ def build(path: Path, compiler: str, flags: list[str]) -> None:
         folder = tempfile.mkdtemp(dir=path.parent)
     except OSError as error:
         raise Unavailable(f"cannot write to {path.parent} ({error.strerror}; GLASSGPT_CACHE names another folder)") from error
+
     def compiled(name: str, *arguments: str) -> str:
         out = f"{folder}/{name}.o"
         _run([compiler, *COMMON, *flags, "-c", *arguments, "-o", out])

@@ -27,7 +27,7 @@ ACTIVATIONS = {"gelu": 0, "swiglu": 1, "relu2": 2}
 class Shape(ctypes.Structure):
     """glass_shape."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_int32) for name in ("vocab", "context", "layers", "width", "heads", "kv_heads", "head_width", "hidden")),
         *((name, c_int32) for name in ("rms_norm", "gated", "activation", "cache_format", "planes")),
         *((name, c_float) for name in ("epsilon", "scale", "logit_cap")),

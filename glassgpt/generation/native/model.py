@@ -32,8 +32,9 @@ class NativeModel:
         cache: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
         threads: int | None = None,
         kernels: str | None = None,
+        release: bool = False,
     ) -> None:
-        """Pack `model`, which is not needed any more afterwards.
+        """Pack `model`, which is not needed afterwards; with `release` its memory is taken on the way, and it is of no more use.
 
         `precision` is that of the matrices; a quantised model keeps its own. `activations` are the bits of what quantised
         matrices read. `cache` is the numbers of the keys and values: `auto` is float32 for float32 weights, else bfloat16.
@@ -49,7 +50,7 @@ class NativeModel:
         if not self.engine:
             raise UserError(self.lib.glass_error().decode())
         weakref.finalize(self, self.lib.glass_free, self.engine).atexit = False  # runners may still have their rows then
-        packing.pack(self.lib, self.engine, model, self.precision)
+        packing.pack(self.lib, self.engine, model, self.precision, release)
 
     @property
     def kernels(self) -> str:

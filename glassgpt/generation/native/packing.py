@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glassgpt.config import ModelConfig
-from glassgpt.model import GPT
-from glassgpt.model.quantised import Codes, QuantisedEmbedding, QuantisedLinear, round_to_nearest
 from glassgpt.generation.native.build import Unavailable
 from glassgpt.generation.native.library import ACTIVATIONS, FORMATS, MATRICES, VECTORS, Shape, checked
+from glassgpt.model import GPT
+from glassgpt.model.gpt import Block
+from glassgpt.model.quantised import QuantisedEmbedding, QuantisedLinear, round_to_nearest
 
 ROWS = 4096
 """Rows of a matrix that are packed at a time: what is made on the way stays small. A multiple of the 64 of a panel."""
@@ -50,23 +52,23 @@ def precision_of(model: GPT) -> str:
     for module in model.modules():
         if isinstance(module, QuantisedLinear):
             return f"int{module.matrix.bits}"
-    precision = str(model.norm_f.weight.dtype).removeprefix("torch.")
+    precision = str(model.norm_f.get_parameter("weight").dtype).removeprefix("torch.")
     if precision not in FORMATS:
         raise Unavailable(f"the native engine does not compute in {precision}")
     return precision
 
 
 @torch.no_grad()
-def pack(lib: Any, engine: int, model: GPT, precision: str) -> None:
-    """Hand all weights of `model` to a new engine: matrices in `precision`, or as they are where they are quantised already."""
-    config, packer = model.config, Packer(lib, engine, precision)
+def pack(lib: Any, engine: int, model: GPT, precision: str, release: bool) -> None:
+    """Hand all weights of `model` to a new engine: matrices in `precision`, or as they are where they are quantised already.
+
+    With `release` the model's own are given back on the way, so that they are never held twice; it is then of no more use.
+    """
+    config, packer = model.config, Packer(lib, engine, precision, release)
     for layer, block in enumerate(model.blocks):
-        packer.linear(layer, "qkv", block.attn.qkv)
-        packer.linear(layer, "out", block.attn.out)
-        packer.linear(layer, "up", block.mlp.up)
-        packer.linear(layer, "down", block.mlp.down)
-        if config.mlp == "swiglu":
-            packer.linear(layer, "gate", block.mlp.gate)
+        assert isinstance(block, Block)
+        for name in ("attn.qkv", "attn.out", "mlp.up", "mlp.down", *(["mlp.gate"] if config.mlp == "swiglu" else [])):
+            packer.linear(layer, name.partition(".")[2], block.get_submodule(name))
         for name, norm in (
             ("norm_1", block.norm_1),
             ("norm_2", block.norm_2),
@@ -89,8 +91,8 @@ def pack(lib: Any, engine: int, model: GPT, precision: str) -> None:
 class Packer:
     """Calls of the C interface for one engine."""
 
-    def __init__(self, lib: Any, engine: int, precision: str) -> None:
-        self.lib, self.engine, self.precision = lib, engine, precision
+    def __init__(self, lib: Any, engine: int, precision: str, release: bool) -> None:
+        self.lib, self.engine, self.precision, self.release = lib, engine, precision, release
 
     def vector(self, layer: int, name: str, values: Tensor | None) -> None:
         if values is not None:
@@ -108,30 +110,47 @@ class Packer:
 
     def matrix(self, layer: int, name: str, module: nn.Module) -> None:
         """A matrix (N, K), some rows at a time. Raises Unavailable for a module that is no plain or quantised matrix."""
-        if type(module) not in (nn.Linear, nn.Embedding, QuantisedLinear, QuantisedEmbedding):
+        if isinstance(module, QuantisedLinear | QuantisedEmbedding):
+            stored, number, group = module.matrix.codes, f"int{module.matrix.bits}", module.matrix.group
+            N, K = len(stored), module.matrix.columns
+        elif type(module) in (nn.Linear, nn.Embedding):
+            stored, number = module.get_parameter("weight").detach(), self.precision
+            N, K = stored.shape
+            group = INT4_GROUP if number == "int4" and K % INT4_GROUP == 0 else None
+        else:
             raise Unavailable(f"the native engine does not compute {type(module).__name__}; merge adapters first")
-        quantised = isinstance(module, QuantisedLinear | QuantisedEmbedding)
-        N, K = (len(module.matrix.codes), module.matrix.columns) if quantised else module.get_parameter("weight").shape
-        number = f"int{module.matrix.bits}" if quantised else self.precision
-        group = module.matrix.group if quantised else INT4_GROUP if number == "int4" and K % INT4_GROUP == 0 else None
         if group is not None and group % 8:
             raise Unavailable(f"the native engine needs groups of a multiple of 8; the model has {group}")
         where = self.engine, layer, MATRICES[name]
         checked(self.lib, self.lib.glass_matrix_new(*where, FORMATS[number], N, K, group or 0))
         for first in range(0, N, ROWS):
             rows = slice(first, min(first + ROWS, N))
-            if quantised:
-                values, scales = _plain_codes(module.matrix.unpacked(torch.arange(rows.start, rows.stop)))
-            elif number in ("int8", "int4"):
-                values, scales = _plain_codes(round_to_nearest(module.get_parameter("weight")[rows], int(number[3:]), group))
-            else:
-                values, scales = module.get_parameter("weight")[rows].detach().float().contiguous(), None
+            values, scales = _rows(module, rows, number, group)
             pointer = None if scales is None else scales.data_ptr()
             checked(self.lib, self.lib.glass_matrix_fill(*where, first, rows.stop - first, values.data_ptr(), pointer))
+            if self.release:
+                _give_back(stored[rows])
 
 
-def _plain_codes(codes: Codes) -> tuple[Tensor, Tensor]:
+def _rows(module: nn.Module, rows: slice, number: str, group: int | None) -> tuple[Tensor, Tensor | None]:
+    """Some rows of a matrix: floats (n, K), or codes (n, K) and scales (n, groups)."""
+    if isinstance(module, QuantisedLinear | QuantisedEmbedding):
+        codes = module.matrix.unpacked(rows)
+    elif number in ("int8", "int4"):
+        codes = round_to_nearest(module.get_parameter("weight")[rows], int(number.removeprefix("int")), group)
+    else:
+        return module.get_parameter("weight")[rows].detach().float().contiguous(), None
     return codes.codes.contiguous(), codes.scales.float().contiguous()
+
+
+def _give_back(tensor: Tensor) -> None:
+    """Let the system take the memory pages that lie wholly inside a tensor. What a file is mapped to is otherwise held on."""
+    if not tensor.is_contiguous() or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _positions(model: GPT) -> dict[str, Tensor]:
@@ -146,7 +165,7 @@ def _positions(model: GPT) -> dict[str, Tensor]:
 
 
 def _by_distance(model: GPT, layer: int) -> Tensor | None:
-    """What is added to a score for the distance of its key, (H, context): a bias, and -inf where a strided layer does not look."""
+    """Added to a score by how far back its key lies, (H, context): a bias, and -inf where a strided layer does not look."""
     config, S = model.config, model.config.context_tokens
     bias = model.position_embedding.bias(1, S, torch.device("cpu"), torch.float32)  # (H, 1, S): of the last query
     table = None if bias is None else bias[:, 0].flip(-1)  # (H, S)

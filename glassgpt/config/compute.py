@@ -1,0 +1,48 @@
+"""Knobs of what computes a text: `glassgpt generate` and `glassgpt chat` share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from glassgpt.config.errors import UserError, check_at_least, check_choices
+
+Precision = Literal["as-is", "float32", "bfloat16", "float64", "int8", "int4"]
+Dtype = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What computes, and in which numbers."""
+
+    engine: Literal["auto", "plain", "native"] = "auto"
+    """plain (PyTorch, everywhere), native (compiled kernels, on a CPU), or auto: native where it can be used."""
+    precision: Precision = "as-is"
+    """Numbers of the weights: as they are stored (the arithmetic is float32), or converted when they are loaded."""
+    activations: Literal[16, 8] = 16
+    """Bits of what 8- and 4-bit weights are multiplied with; 8 is faster and less exact (native only)."""
+    cache: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Numbers of the keys and values that are kept; shorter ones take less memory (native only)."""
+    threads: int | None = None
+    """CPU threads (default: as many as PyTorch takes)."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(1, self, "threads")
+        if self.engine == "plain" and self.needs_native:
+            raise UserError("--activations 8 and --cache are the native engine's; leave them out, or use --engine native")
+        if self.engine == "native" and self.precision == "float64":
+            raise UserError("the native engine has no float64; use --engine plain")
+
+    @property
+    def needs_native(self) -> bool:
+        """Whether something is asked for that PyTorch does not do here."""
+        return self.activations != 16 or self.cache != "auto"
+
+    def with_dtype(self, dtype: Dtype | None) -> Compute:
+        """With the older option in the place of `precision`. Raises UserError when both are given and differ."""
+        if dtype is None or dtype == self.precision:
+            return self
+        if self.precision != "as-is":
+            raise UserError(f"--dtype is the older name of --precision; got {dtype} and {self.precision}: give --precision alone")
+        return replace(self, precision=dtype)

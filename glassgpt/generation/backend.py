@@ -1,0 +1,120 @@
+"""What computes a text: the native engine where it can be used, else PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+
+from glassgpt.config import UserError
+from glassgpt.config.compute import Compute
+from glassgpt.config.quantize import Recipe
+from glassgpt.config.speculation import Speculation
+from glassgpt.generation.runner import Model
+from glassgpt.generation.speculative import Guesses
+from glassgpt.loading import find, load
+from glassgpt.model import GPT
+from glassgpt.model.quantised import parameter_count, put, recipe_of, round_to_nearest, targets
+from glassgpt.text import Tokenizer
+
+INT4_GROUP = 32
+"""Numbers along a matrix's input that share a scale in 4 bits; in 8 bits each output has one."""
+
+
+class Opened(NamedTuple):
+    """A model that is ready to write."""
+
+    model: Model
+    tokenizer: Tokenizer
+    parameters: int
+    used: dict[str, object]
+    """What computes, for `--json`: engine and precision."""
+
+
+def open_model(name: str, device: str, compute: Compute) -> Opened:
+    """The model called `name`, on the engine and in the numbers asked for. Raises UserError as `load` and `backend` do."""
+    # an adapter is added to its base in float32: in shorter numbers it would be rounded away
+    stored = torch.float32 if find(name).base is not None else None
+    gpt, tokenizer = load(name, device=device, dtype=stored)
+    parameters = parameter_count(gpt)
+    model = backend(gpt, compute)
+    engine = "plain" if isinstance(model, GPT) else "native"
+    precision = precision_of(model) if isinstance(model, GPT) else getattr(model, "precision", compute.precision)
+    return Opened(model, tokenizer, parameters, {"engine": engine, "precision": precision})
+
+
+def open_guesses(speculation: Speculation, tokenizer: Tokenizer, device: str, compute: Compute) -> Guesses | None:
+    """Who guesses, None for nobody. Raises UserError for a draft with another tokenizer."""
+    if not speculation.is_on:
+        return None
+    if speculation.draft is None:
+        return Guesses(lookup=speculation.lookup, proposals=speculation.proposals)
+    draft = open_model(speculation.draft, device, compute)
+    if not same_tokens(tokenizer, draft.tokenizer):
+        raise UserError(f"the draft {speculation.draft} has another tokenizer than the model; give one with the same tokens")
+    return Guesses(draft.model, proposals=speculation.proposals)
+
+
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether every id stands for the same bytes in both."""
+    if (one.vocab_size, one.end_id) != (other.vocab_size, other.end_id):
+        return False
+    return all(one.token_bytes(token_id) == other.token_bytes(token_id) for token_id in range(one.vocab_size))
+
+
+def backend(model: GPT, compute: Compute) -> Model:
+    """`model`, with its weights as they are stored, on the engine and in the numbers asked for; it may be changed in place.
+
+    `auto` is the native engine on a CPU, and PyTorch elsewhere, for float64, and (with a notice) where the native engine cannot
+    be used. Raises UserError when what is asked for cannot be had.
+    """
+    if compute.precision in ("int8", "int4") and recipe_of(model) is not None:
+        raise UserError(f"the model is quantised already ({precision_of(model)}); leave out --precision {compute.precision}")
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if compute.engine == "native" and not on_cpu:
+        raise UserError("the native engine computes on a CPU; use --device cpu")
+    if compute.engine == "plain" or not on_cpu or compute.precision == "float64":
+        if compute.needs_native:
+            raise UserError("--activations 8 and --cache are the native engine's, for a CPU and not for float64; leave them out")
+        return plain(model, compute)
+    from glassgpt.generation import native
+
+    try:
+        recipe = recipe_of(model)
+        return native.open_model(
+            model,
+            precision="float32" if compute.precision == "as-is" and recipe is None else compute.precision,
+            activations=8 if recipe and recipe.activation_bits == 8 else compute.activations,
+            cache=compute.cache,
+            threads=compute.threads,
+            release=True,
+        )
+    except native.Unavailable as error:
+        if compute.engine == "native" or compute.needs_native:
+            raise UserError(f"the native engine cannot be used: {error}") from error
+        print(f"note: {error}; computing with PyTorch, which is slower", file=sys.stderr)
+        return plain(model, compute)
+
+
+def plain(model: GPT, compute: Compute) -> GPT:
+    """The network itself in the numbers asked for; 8 and 4 bits are dequantised at each use: slow, but nothing is kept."""
+    if compute.threads is not None:
+        torch.set_num_threads(compute.threads)
+    if compute.precision not in ("int8", "int4"):
+        return model.to(torch.float32 if compute.precision == "as-is" else getattr(torch, compute.precision))
+    bits = int(compute.precision.removeprefix("int"))
+    matrices = {}
+    for name, module in targets(model.float()).items():
+        weight = module.get_parameter("weight")
+        group = INT4_GROUP if bits == 4 and weight.size(1) % INT4_GROUP == 0 else None
+        matrices[name] = round_to_nearest(weight, bits, group)
+    recipe = Recipe(dict.fromkeys(matrices, bits), INT4_GROUP if bits == 4 else None)
+    return put(model, matrices, recipe)
+
+
+def precision_of(model: GPT) -> str:
+    """Bits of its matrices where they are quantised, else the dtype of its weights."""
+    if (recipe := recipe_of(model)) is not None:
+        return "int" + "+".join(str(bits) for bits in sorted(set(recipe.matrices.values())))
+    return str(model.norm_f.get_parameter("weight").dtype).removeprefix("torch.")
