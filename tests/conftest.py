@@ -19,6 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # the models are tiny; a second thread waits more than it works, most of all beside xdist
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the native kernels, once, before the workers start: a test that looks at stderr would see it being done."""
+    if not hasattr(config, "workerinput"):
+        from glassgpt.generation import native
+
+        with contextlib.suppress(native.Unavailable):
+            native.kernels()
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

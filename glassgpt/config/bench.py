@@ -1,13 +1,66 @@
-"""Knobs of `glassgpt bench train`, `bench device` and `lab speedrun`."""
+"""Knobs of `glassgpt bench generate`, `bench train`, `bench device`, `bench inspect` and `lab speedrun`."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from glassgpt.config.errors import UserError, check_at_least, check_seed
 
 TrainSystem = Literal["ours", "ours-compiled", "fp32", "fp32-compiled", "bf16", "bf16-compiled"]
+
+
+@dataclass(frozen=True)
+class BenchGenerate:
+    """Speed, start and memory of greedy generation beside every other engine that is installed, with equal random weights.
+
+    Every system is a process of its own, and they take turns; one that waits is stopped, so that its threads take nothing from
+    another's. Beside the times stands what this machine's memory and arithmetic need at least. When the machine was too noisy,
+    that is reported and nothing else.
+    """
+
+    preset: str = "gpt2"
+    """Shape of the network; its weights are random, as speed does not depend on them."""
+    systems: tuple[str, ...] = ("*",)
+    """Names or patterns: `ours`, `ours-int8`, `openvino`, `*-int8` ... (default: ours in every precision, and all that is
+    installed of transformers, ctranslate2, llama.cpp, xllamacpp, onnxruntime and openvino)."""
+    phases: tuple[str, ...] = ("decode-1", "decode-8", "prefill-512", "prefill-1023")
+    """What is timed: `decode-B` writes to B prompts at once, `prefill-T` reads one prompt of T tokens."""
+    prompt_tokens: int = 32
+    """Tokens of the prompts of decode-B."""
+    new_tokens: int = 128
+    """Tokens that decode-B writes to each."""
+    repeats: int = 5
+    """Turns of each system in each phase; medians and distances of the quartiles are reported."""
+    starts: int = 3
+    """Fresh processes of each system, for the time to its first token and its memory (0: none)."""
+    threads: int | None = None
+    """CPU threads of every system (default: PyTorch's)."""
+    work_dir: str | None = None
+    """Folder that keeps the converted weights, to start quicker the next time (default: they are deleted)."""
+    allow_noise: bool = False
+    """Report with a warning even when the machine was too noisy."""
+    json: bool = False
+    """One JSON object instead of tables."""
+    png: str | None = None
+    """Draw the rates into this PNG file."""
+    svg: str | None = None
+    """Draw the rates into this SVG file."""
+    seed: int = 0
+    """Seed of the weights and the prompts."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "prompt_tokens", "repeats", "threads")
+        check_at_least(2, self, "new_tokens")  # the time from the first to the last is taken
+        check_at_least(0, self, "starts")
+        check_seed(self.seed)
+        for name in ("systems", "phases"):
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty; name at least one")
+        for phase in self.phases:
+            if not re.fullmatch(r"(decode|prefill)-[1-9]\d*", phase):
+                raise UserError(f"phases must be decode-B or prefill-T, as decode-8 or prefill-512; got {phase!r}")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from glassgpt.interpret.hooks import capture
 from glassgpt.interpret.page.html import page
 from glassgpt.interpret.page.report import MOST_TOKENS, collect
 from glassgpt.interpret.patching import logit_difference, patch_sweep
-from glassgpt.lab.bench.generate import hf_peer
+from glassgpt.lab.bench.hf_peer import hf_peer
 from glassgpt.lab.bench.train import answer
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer

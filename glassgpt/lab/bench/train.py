@@ -19,7 +19,7 @@ from rich.table import Table
 from glassgpt.config import ModelConfig, OptimConfig, ParallelConfig, UserError, preset
 from glassgpt.config.bench import BenchTrain
 from glassgpt.interpret.cost import training_flops
-from glassgpt.lab.bench.generate import hf_peer
+from glassgpt.lab.bench.hf_peer import hf_peer
 from glassgpt.loading import pick_device
 from glassgpt.model import GPT, use_attention
 from glassgpt.train import machine, optim, parallel
