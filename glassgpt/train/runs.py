@@ -16,6 +16,7 @@ from rich.table import Table
 
 from glassgpt import charts
 from glassgpt.config import Pretrain, UserError
+from glassgpt.config.distill import Distill
 from glassgpt.config.files import CONFIG_FILE, read_yaml
 from glassgpt.config.runs import Runs
 from glassgpt.config.tuning import Dpo, Grpo, Ppo, Reward, Sft, Tuning
@@ -103,13 +104,13 @@ def describe(folder: Path, name: str) -> Run:
     )
 
 
-def read_config(folder: Path) -> Pretrain | Tuning:
+def read_config(folder: Path) -> Pretrain | Tuning | Distill:
     """The configuration of a run of any stage: the one whose options its file holds."""
     try:
         given = set(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         given = set()  # `read_yaml` will say what is wrong
-    kinds: tuple[type[Pretrain | Tuning], ...] = (Pretrain, Sft, Reward, Dpo, Ppo, Grpo)
+    kinds: tuple[type[Pretrain | Tuning | Distill], ...] = (Pretrain, Sft, Reward, Dpo, Ppo, Grpo, Distill)
     kind = next((kind for kind in kinds if given == {field.name for field in dataclasses.fields(kind)}), Pretrain)
     return read_yaml(folder / CONFIG_FILE, kind)
 
