@@ -64,7 +64,7 @@ static int multiply_amx(const Panel& p, const Rows& rows, int first, int count, 
                         sum[plane] -= all(128 * rows.sums[(row + r) * PLANES + plane]);
                     }
                     F value = PLANES == 2 ? fma(to_float(sum[0]), all(128.0f), to_float(sum[PLANES - 1])) : to_float(sum[0]);
-                    F total = fma(value, p.scales ? load(p.scales + column + c) : all(1.0f), F{});
+                    F total = value * (p.scales ? load(p.scales + column + c) : all(1.0f));
                     finish(total, all(rows.scale[row + r]), bias ? bias + column + c : nullptr, y + (done + r) * y_stride + column + c, accumulate);
                 }
         }

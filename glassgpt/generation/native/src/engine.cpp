@@ -33,6 +33,7 @@ struct Layer {
 
 // Inputs made ready for a matrix.
 struct Ready {
+    size_t step = 0;  // matrices that the thread has helped with in this pass
     std::vector<uint8_t> data;
     std::vector<float> scale, row;
     std::vector<int32_t> sums;
@@ -73,6 +74,7 @@ struct glass_engine {
     std::vector<Token> tokens;
     std::vector<Tile> tiles;
     std::vector<Largest> parts;
+    std::vector<Shares> shares;                // panels of each matrix, in the order in which they are used
     std::vector<float> x, qkv, z, hidden, gate;
     Ready common;
     std::vector<Ready> own;                    // a thread's
@@ -124,11 +126,17 @@ struct glass_engine {
         if (to.sums.size() < size_t(count) * planes * matrix.groups) to.sums.resize(size_t(count) * planes * matrix.groups);
     }
 
-    // y (rows, stride) = rows x matrix + bias, or y += that: this thread's panels.
-    void multiply(int thread, const Matrix& matrix, const Rows& rows, int count, const float* bias, float* y, int64_t stride, bool add) const {
-        const auto [begin, end] = team.part(matrix.panels(), thread);
-        for (int panel = begin; panel < end; panel++)
-            kernels->multiply(matrix.panel(panel), rows, 0, count, bias ? bias + panel * kPanel : nullptr, y + panel * kPanel, stride, add);
+    // One panel of y (rows, stride) = rows x matrix + bias, or y += that.
+    void multiply(const Matrix& matrix, int panel, const Rows& rows, int count, const float* bias, float* y, int64_t stride, bool add) const {
+        kernels->multiply(matrix.panel(panel), rows, 0, count, bias ? bias + panel * kPanel : nullptr, y + panel * kPanel, stride, add);
+    }
+
+    // The panels of the next matrix that fall to this thread.
+    template <class Work>
+    void panels(int thread, Work work) {
+        Shares& found = shares[own[thread].step++];
+        for (int panel; (panel = found.take(thread)) >= 0;) work(panel);
+        team.barrier();
     }
 
     void embed(int thread) {
@@ -210,16 +218,14 @@ struct glass_engine {
         const Matrix &up = layer.matrices[kUp], &down = layer.matrices[kDown];
         const int64_t wide = round_up(shape.hidden, kPanel);
         Rows rows = ready(thread, up, x.data(), stride, count, nullptr, vector(index, kNorm2), vector(index, kNorm2Bias));
-        multiply(thread, up, rows, count, vector(index, kUpBias), hidden.data(), wide, false);
-        if (shape.gated) multiply(thread, layer.matrices[kGate], rows, count, vector(index, kGateBias), gate.data(), wide, false);
-        const auto [begin, end] = team.part(up.panels(), thread);
-        for (int t = 0; t < count; t++)
-            kernels->activate(Activation(shape.activation), hidden.data() + t * wide + begin * kPanel,
-                              shape.gated ? gate.data() + t * wide + begin * kPanel : nullptr, (end - begin) * kPanel);
-        team.barrier();
+        panels(thread, [&](int panel) {
+            multiply(up, panel, rows, count, vector(index, kUpBias), hidden.data(), wide, false);
+            if (shape.gated) multiply(layer.matrices[kGate], panel, rows, count, vector(index, kGateBias), gate.data(), wide, false);
+            for (int64_t place = panel * kPanel; place < count * wide; place += wide)
+                kernels->activate(Activation(shape.activation), hidden.data() + place, shape.gated ? gate.data() + place : nullptr, kPanel);
+        });
         rows = ready(thread, down, hidden.data(), wide, count);
-        multiply(thread, down, rows, count, vector(index, kDownBias), x.data(), stride, true);
-        team.barrier();
+        panels(thread, [&](int panel) { multiply(down, panel, rows, count, vector(index, kDownBias), x.data(), stride, true); });
     }
 
     void pass(int thread, int wanted, const int32_t* chosen, int ids, float* logits, int64_t logits_stride) {
@@ -228,20 +234,18 @@ struct glass_engine {
         embed(thread);
         for (int index = 0; index < shape.layers; index++) {
             const Layer& layer = layers[index];
-            Rows rows = ready(thread, layer.matrices[kQkv], x.data(), stride, count, nullptr, vector(index, kNorm1), vector(index, kNorm1Bias));
-            multiply(thread, layer.matrices[kQkv], rows, count, vector(index, kQkvBias), qkv.data(), qkv_stride, false);
-            team.barrier();
+            const Matrix &qkv_matrix = layer.matrices[kQkv], &out = layer.matrices[kOut];
+            Rows rows = ready(thread, qkv_matrix, x.data(), stride, count, nullptr, vector(index, kNorm1), vector(index, kNorm1Bias));
+            panels(thread, [&](int panel) { multiply(qkv_matrix, panel, rows, count, vector(index, kQkvBias), qkv.data(), qkv_stride, false); });
             remember(thread, index, qkv_stride);
             attend(thread, index, qkv_stride);
-            rows = ready(thread, layer.matrices[kOut], z.data(), int64_t(shape.heads) * shape.head_width, count);
-            multiply(thread, layer.matrices[kOut], rows, count, vector(index, kOutBias), x.data(), stride, true);
-            team.barrier();
+            rows = ready(thread, out, z.data(), int64_t(shape.heads) * shape.head_width, count);
+            panels(thread, [&](int panel) { multiply(out, panel, rows, count, vector(index, kOutBias), x.data(), stride, true); });
             feed_forward(thread, layer, index, stride);
         }
         if (!wanted) return;
         const Rows rows = ready(thread, head_matrix(), x.data(), stride, wanted, chosen, vector(0, kFinalNorm), vector(0, kFinalNormBias));
-        multiply(thread, head_matrix(), rows, wanted, nullptr, logits, logits_stride, false);
-        team.barrier();
+        panels(thread, [&](int panel) { multiply(head_matrix(), panel, rows, wanted, nullptr, logits, logits_stride, false); });
         const int blocks = (shape.vocab + kBlock - 1) / kBlock;
         for (int item = thread; item < wanted * blocks; item += team.size()) {
             const int begin = item % blocks * kBlock, end = std::min(shape.vocab, begin + kBlock);
@@ -272,6 +276,15 @@ struct glass_engine {
         }
     }
 
+    void deal() {
+        for (Ready& thread : own) thread.step = 0;
+        while (shares.size() < layers.size() * 4 + 1) shares.emplace_back(team.size());
+        size_t step = 0;
+        for (const Layer& layer : layers)
+            for (int name : {kQkv, kOut, kUp, kDown}) shares[step++].deal(layer.matrices[name].panels());
+        shares[step].deal(head_matrix().panels());
+    }
+
     // ---- a chunk ---------------------------------------------------------------------------------------------------
 
     void prepare_chunk(int longest) {
@@ -286,6 +299,7 @@ struct glass_engine {
         reserve(common, int(count), head_matrix(), shape.planes);
         for (const Layer& layer : layers)
             for (const Matrix& matrix : layer.matrices) reserve(common, int(count), matrix, shape.planes);
+        deal();
         tiles.clear();
         const int most = std::max(1, kQueries / (shape.heads / shape.kv_heads));
         for (int t = 0; t < count; t++) {

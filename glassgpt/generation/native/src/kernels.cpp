@@ -75,7 +75,7 @@ static void tile_bfloat16(const Panel& p, int column, const Rows& rows, int firs
 }
 
 // Codes: whole numbers are summed exactly within a group, then scaled and added up as floats.
-template <bool SMALL, int PLANES, int R, int C>
+template <bool SMALL, bool GROUPED, int PLANES, int R, int C>
 static void tile_codes(const Panel& p, int column, const Rows& rows, int first, const float* bias, float* y, int64_t y_stride,
                        bool accumulate) {
     constexpr int kRows = R * PLANES;
@@ -83,10 +83,12 @@ static void tile_codes(const Panel& p, int column, const Rows& rows, int first, 
     const int32_t* sums = rows.sums + first * PLANES * p.groups;
     const uint8_t* w = p.data + 4 * column;
     const int step = 4 * p.columns, zero = SMALL ? 8 : kZero8;
+    const int groups = GROUPED ? p.groups : 1;
     F total[R][C];
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) total[r][c] = F{};
-    for (int g = 0; g < p.groups; g++, a += p.group_inputs) {
+    if (GROUPED)
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) total[r][c] = F{};
+    for (int g = 0; g < groups; g++, a += p.group_inputs) {
         I sum[kRows][C];
         for (int r = 0; r < kRows; r++)
             for (int c = 0; c < C; c++) sum[r][c] = all(-zero * sums[r * p.groups + g]);
@@ -105,10 +107,10 @@ static void tile_codes(const Panel& p, int column, const Rows& rows, int first, 
             }
         }
         for (int c = 0; c < C; c++) {
-            F scale = p.groups > 1 ? load_bfloat16(w - 4 * column + 2 * (column + c * L)) : p.scales ? load(p.scales + column + c * L) : all(1.0f);
+            F scale = GROUPED ? load_bfloat16(w - 4 * column + 2 * (column + c * L)) : p.scales ? load(p.scales + column + c * L) : all(1.0f);
             for (int r = 0; r < R; r++) {
                 F value = PLANES == 2 ? fma(to_float(sum[2 * r][c]), all(128.0f), to_float(sum[2 * r + 1][c])) : to_float(sum[r][c]);
-                total[r][c] = fma(value, scale, total[r][c]);
+                total[r][c] = GROUPED ? fma(value, scale, total[r][c]) : value * scale;
             }
         }
         w += 2 * p.columns;  // the scales of the group
@@ -123,10 +125,14 @@ using Tile = void (*)(const Panel&, int column, const Rows&, int first, const fl
 
 template <int R, int C> struct Float32 { static constexpr Tile run = tile_float32<R, C>; };
 template <int R, int C> struct Bfloat16 { static constexpr Tile run = tile_bfloat16<R, C>; };
-template <int R, int C> struct Int8 { static constexpr Tile run = tile_codes<false, 1, R, C>; };
-template <int R, int C> struct Int8Fine { static constexpr Tile run = tile_codes<false, 2, R, C>; };
-template <int R, int C> struct Int4 { static constexpr Tile run = tile_codes<true, 1, R, C>; };
-template <int R, int C> struct Int4Fine { static constexpr Tile run = tile_codes<true, 2, R, C>; };
+template <int R, int C> struct Int8 { static constexpr Tile run = tile_codes<false, false, 1, R, C>; };
+template <int R, int C> struct Int8Fine { static constexpr Tile run = tile_codes<false, false, 2, R, C>; };
+template <int R, int C> struct Int8Grouped { static constexpr Tile run = tile_codes<false, true, 1, R, C>; };
+template <int R, int C> struct Int8GroupedFine { static constexpr Tile run = tile_codes<false, true, 2, R, C>; };
+template <int R, int C> struct Int4 { static constexpr Tile run = tile_codes<true, false, 1, R, C>; };
+template <int R, int C> struct Int4Fine { static constexpr Tile run = tile_codes<true, false, 2, R, C>; };
+template <int R, int C> struct Int4Grouped { static constexpr Tile run = tile_codes<true, true, 1, R, C>; };
+template <int R, int C> struct Int4GroupedFine { static constexpr Tile run = tile_codes<true, true, 2, R, C>; };
 
 // The tile for `rows` rows, at most MAX, and C vectors.
 template <template <int, int> class Kind, int MAX, int C>
@@ -173,11 +179,14 @@ static void multiply(const Panel& p, const Rows& rows, int first, int count, con
     const bool fine = rows.planes == 2, grouped = p.groups > 1;
     if (p.format == kFloat32) return tiles<Float32, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
     if (p.format == kBfloat16) return tiles<Bfloat16, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
-    if (p.format == kInt4 && fine) return tiles<Int4Fine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
-    if (p.format == kInt4) return tiles<Int4, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
-    if (fine && grouped) return tiles<Int8Fine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
+    const bool small = p.format == kInt4;
+    if (small && grouped && fine) return tiles<Int4GroupedFine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (small && grouped) return tiles<Int4Grouped, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (small && fine) return tiles<Int4Fine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (small) return tiles<Int4, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (grouped && fine) return tiles<Int8GroupedFine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (grouped) return tiles<Int8Grouped, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
     if (fine) return tiles<Int8Fine, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
-    if (grouped) return tiles<Int8, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
     tiles<Int8, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
 }
 
@@ -204,16 +213,22 @@ static void prepare(Format format, int planes, const float* x, int K, int inputs
         for (int k = K; k < inputs; k++) y[k] = 0;
         return;
     }
-    float largest = 0;
-#pragma omp simd reduction(max : largest)
-    for (int k = 0; k < K; k++) largest = std::fabs(x[k]) > largest ? std::fabs(x[k]) : largest;
-    float nothing = 0;  // but NaN where a number is not finite
-#pragma omp simd reduction(+ : nothing)
-    for (int k = 0; k < K; k++) nothing += x[k] - x[k];
+    float largest = 0, nothing = 0;  // nothing is NaN where a number is not finite
+    F most_of[4] = {}, nothing_of[4] = {};  // four sums at a time: one would wait for itself
+    int done = 0;
+    for (; done + 4 * L <= K; done += 4 * L)
+        for (int i = 0; i < 4; i++) {
+            F x4 = load(x + done + i * L), size = x4 < 0 ? -x4 : x4;
+            most_of[i] = size > most_of[i] ? size : most_of[i];
+            nothing_of[i] += x4 - x4;
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < L; j++) largest = most_of[i][j] > largest ? most_of[i][j] : largest, nothing += nothing_of[i][j];
+    for (; done < K; done++) largest = std::fabs(x[done]) > largest ? std::fabs(x[done]) : largest, nothing += x[done] - x[done];
     const bool broken = nothing != 0;
     const float most = planes == 2 ? 127 * 128 + 63 : 127;  // the largest code: what the two planes can say together
     *scale = broken ? std::numeric_limits<float>::quiet_NaN() : largest / most;
-    const float inverse = !broken && largest > 0 ? most / largest : 0;
+    const float inverse = !broken && largest > 1e-30f ? most / largest : 0;  // numbers so small count as 0: most / largest would be infinite
     int8_t* high = (int8_t*)data;
     int8_t* low = high + inputs;
     if (planes == 2) {
@@ -222,7 +237,7 @@ static void prepare(Format format, int planes, const float* x, int K, int inputs
             int code = broken ? 0 : int(std::rint(x[k] * inverse));
             int upper = (code + 64) >> 7;  // to the nearest, so that the rest is -64 to 63
             high[k] = int8_t(upper);
-            low[k] = int8_t(code - (upper << 7));
+            low[k] = int8_t(code - upper * 128);
         }
         for (int k = K; k < inputs; k++) high[k] = low[k] = 0;
     } else {
@@ -245,7 +260,7 @@ static void prepare(Format format, int planes, const float* x, int K, int inputs
 
 // e**x to 1e-7, relative; 0 below -87 (Cephes' polynomial, Moshier 1989). NaN stays NaN.
 static inline float exponential(float x) {
-    float held = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float held = x < -87.0f ? -87.0f : x < 88.0f ? x : 88.0f;
     float n = std::rint(held * 1.442695041f);
     float r = held - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -303,31 +318,39 @@ static void largest(const float* x, int n, int32_t* best, float* maximum, float*
     int32_t place = std::numeric_limits<int32_t>::max();
 #pragma omp simd reduction(min : place)
     for (int i = 0; i < n; i++) place = x[i] == most && i < place ? i : place;
-    *best = place;
+    *best = place < n ? place : 0;  // no number at all: any will do
     *maximum = most;
     *total = sum;  // NaN if any x is
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------------
 
-// Scores of one query (keys first ... position) to e**(score - largest); what it does not see is 0, up to `end`. Gives their sum.
+// Scores of one query (keys first ... position) to e**(score - largest); what it does not see is 0. Gives their sum. All loops
+// run over whole pages, begin to end: what is not seen adds nothing, and a sum's order is the same for every batch.
 static float exponentials(float* s, const Query& query, float scale, int begin, int end) {
-    const int first = query.first, last = query.position;
+    const float none = -std::numeric_limits<float>::infinity();
+    for (int i = begin; i < query.first; i++) s[i] = none;
+    for (int i = query.position + 1; i < end; i++) s[i] = none;
     if (query.bias) {
 #pragma omp simd
-        for (int i = first; i <= last; i++) s[i] = s[i] * scale + query.bias[last - i];
+        for (int i = query.first; i <= query.position; i++) s[i] = s[i] * scale + query.bias[query.position - i];
         scale = 1.0f;
     }
-    float most = -std::numeric_limits<float>::infinity(), sum = 0;
-#pragma omp simd reduction(max : most)
-    for (int i = first; i <= last; i++) most = s[i] > most ? s[i] : most;
+    F most_of[4] = {all(none), all(none), all(none), all(none)};
+    for (int i = begin; i < end; i += 4 * L)
+        for (int j = 0; j < 4; j++) {
+            F score = load(s + i + j * L);
+            most_of[j] = score > most_of[j] ? score : most_of[j];
+        }
+    float most = none, sum = 0;
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < L; i++) most = most_of[j][i] > most ? most_of[j][i] : most;
+    float* from = s + begin;
 #pragma omp simd reduction(+ : sum)
-    for (int i = first; i <= last; i++) {
-        s[i] = exponential((s[i] - most) * scale);
-        sum += s[i];
+    for (int i = 0; i < (end - begin) / kPanel * kPanel; i++) {
+        from[i] = exponential((from[i] - most) * scale);
+        sum += from[i];
     }
-    for (int i = begin; i < first; i++) s[i] = 0;
-    for (int i = last + 1; i < end; i++) s[i] = 0;
     return sum;
 }
 

@@ -10,6 +10,43 @@
 #include <utility>
 #include <vector>
 
+// Hands out the numbers 0 ... count - 1 to threads: to each its own part, in order, and then what others have left, from the
+// end. So a thread that was held up makes nobody wait, and yet each reads memory from front to back.
+class Shares {
+public:
+    explicit Shares(int threads) : parts_(threads) {}
+
+    void deal(int count) {
+        const int64_t threads = parts_.size();
+        for (int64_t t = 0; t < threads; t++) parts_[t].range.store(pack(count * t / threads, count * (t + 1) / threads), std::memory_order_relaxed);
+    }
+
+    // The next number for a thread; -1 when there is none.
+    int take(int thread) {
+        for (size_t i = 0; i < parts_.size(); i++) {
+            std::atomic<uint64_t>& range = parts_[(thread + i) % parts_.size()].range;
+            uint64_t seen = range.load(std::memory_order_relaxed);
+            while (first(seen) < last(seen)) {
+                const bool mine = i == 0;
+                const uint64_t rest = mine ? pack(first(seen) + 1, last(seen)) : pack(first(seen), last(seen) - 1);
+                if (range.compare_exchange_weak(seen, rest, std::memory_order_relaxed)) return int(mine ? first(seen) : last(seen) - 1);
+            }
+        }
+        return -1;
+    }
+
+private:
+    struct alignas(64) Part {  // a cache line each
+        std::atomic<uint64_t> range{0};
+        Part() = default;
+        Part(Part&&) noexcept {}
+    };
+    static uint64_t pack(uint64_t first, uint64_t last) { return first << 32 | last; }
+    static uint64_t first(uint64_t range) { return range >> 32; }
+    static uint64_t last(uint64_t range) { return range & 0xffffffff; }
+    std::vector<Part> parts_;
+};
+
 class Team {
 public:
     explicit Team(int size) : size_(size) {
