@@ -44,11 +44,12 @@ def library(compiler: str | None = None, flags: list[str] | None = None) -> Path
     """
     compiler = compiler or find_compiler()
     flags = flags or []
-    path = cache_folder() / f"glassgpt-{_key(compiler, flags)}.so"
-    if not path.is_file():
-        print("glassgpt: compiling the native kernels, once (about half a minute) ...", file=sys.stderr)
-        build(path, compiler, flags)
-    return path
+    name = f"glassgpt-{_key(compiler, flags)}"
+    for path in cache_folder().glob(f"{name}-*.so"):
+        if _is_whole(path):
+            return path
+    print("glassgpt: compiling the native kernels, once (about half a minute) ...", file=sys.stderr)
+    return build(cache_folder(), name, compiler, flags)
 
 
 def find_compiler() -> str:
@@ -70,17 +71,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glassgpt"
 
 
-def build(path: Path, compiler: str, flags: list[str]) -> None:
-    """Compile the library to `path`, which appears complete or not at all."""
+def build(folder: Path, name: str, compiler: str, flags: list[str]) -> Path:
+    """Compile the library to a file in `folder`, which appears complete or not at all: `name` and the digest of what is in it."""
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=path.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        work = tempfile.mkdtemp(dir=folder)
     except OSError as error:
-        raise Unavailable(f"cannot write to {path.parent} ({error.strerror}; GLASSGPT_CACHE names another folder)") from error
+        raise Unavailable(f"cannot write to {folder} ({error.strerror}; GLASSGPT_CACHE names another folder)") from error
 
     def compiled(name: str, *arguments: str) -> str:
-        out = f"{folder}/{name}.o"
+        out = f"{work}/{name}.o"
         _run([compiler, *COMMON, *flags, "-c", *arguments, "-o", out])
         return out
 
@@ -102,11 +103,25 @@ def build(path: Path, compiler: str, flags: list[str]) -> None:
             has = [f"-DGG_HAS_{name.upper()}" for name, out in found.items() if out]
             objects = [out for out in found.values() if out] + [job.result() for job in rest]
             objects.append(compiled("dispatch", *has, str(SOURCES / "dispatch.cpp")))
-        whole = Path(folder) / path.name
+        whole = Path(work) / "whole.so"
         _run([compiler, "-shared", "-pthread", *flags, *objects, "-o", str(whole)])
+        path = folder / f"{name}-{_digest(whole)}.so"
         os.replace(whole, path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is still what was compiled: half a file would end the process when it is opened."""
+    try:
+        return path.stem.endswith(_digest(path))
+    except OSError:
+        return False
 
 
 def _run(command: list[str]) -> None:

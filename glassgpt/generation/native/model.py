@@ -50,7 +50,7 @@ class NativeModel:
         if not self.engine:
             raise UserError(self.lib.glass_error().decode())
         weakref.finalize(self, self.lib.glass_free, self.engine).atexit = False  # runners may still have their rows then
-        packing.pack(self.lib, self.engine, model, self.precision, release)
+        packing.pack(self.lib, self.engine, model, precision, release)
 
     @property
     def kernels(self) -> str:

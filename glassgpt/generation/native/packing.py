@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from glassgpt.config import ModelConfig
 from glassgpt.generation.native.build import Unavailable
 from glassgpt.generation.native.library import ACTIVATIONS, FORMATS, MATRICES, VECTORS, Shape, checked
 from glassgpt.model import GPT
-from glassgpt.model.gpt import Block
 from glassgpt.model.quantised import QuantisedEmbedding, QuantisedLinear, round_to_nearest
+from glassgpt.model.quantised import pack as pack_small
 
 ROWS = 4096
 """Rows of a matrix that are packed at a time: what is made on the way stays small. A multiple of the 64 of a panel."""
@@ -52,7 +52,11 @@ def precision_of(model: GPT) -> str:
     for module in model.modules():
         if isinstance(module, QuantisedLinear):
             return f"int{module.matrix.bits}"
-    precision = str(model.norm_f.get_parameter("weight").dtype).removeprefix("torch.")
+    return _dtype_of(model.norm_f.get_parameter("weight"))
+
+
+def _dtype_of(weight: Tensor) -> str:
+    precision = str(weight.dtype).removeprefix("torch.")
     if precision not in FORMATS:
         raise Unavailable(f"the native engine does not compute in {precision}")
     return precision
@@ -60,32 +64,45 @@ def precision_of(model: GPT) -> str:
 
 @torch.no_grad()
 def pack(lib: Any, engine: int, model: GPT, precision: str, release: bool) -> None:
-    """Hand all weights of `model` to a new engine: matrices in `precision`, or as they are where they are quantised already.
+    """Hand all weights of `model` to a new engine: its plain matrices in `precision` or as they are, quantised ones as they are.
 
     With `release` the model's own are given back on the way, so that they are never held twice; it is then of no more use.
     """
     config, packer = model.config, Packer(lib, engine, precision, release)
+    matrices = [
+        (layer, name, block.get_submodule(path)) for layer, block in enumerate(model.blocks) for name, path in _matrices(config)
+    ]
+    matrices += [(0, "embedding", model.token_embedding)] + ([] if config.tied_head else [(0, "head", model.head)])
+    for _, _, module in matrices:
+        packer.kind(module)  # nothing is given back before all are known to be understood
+    for layer, name, module in matrices:
+        packer.matrix(layer, name, module)
+        packer.vector(layer, f"{name}_bias", getattr(module, "bias", None))
     for layer, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        for name in ("attn.qkv", "attn.out", "mlp.up", "mlp.down", *(["mlp.gate"] if config.mlp == "swiglu" else [])):
-            packer.linear(layer, name.partition(".")[2], block.get_submodule(name))
-        for name, norm in (
-            ("norm_1", block.norm_1),
-            ("norm_2", block.norm_2),
-            ("q_norm", block.attn.q_norm),
-            ("k_norm", block.attn.k_norm),
-        ):
-            packer.norm(layer, name, norm)
+        for name, path in (("norm_1", "norm_1"), ("norm_2", "norm_2"), ("q_norm", "attn.q_norm"), ("k_norm", "attn.k_norm")):
+            packer.norm(layer, name, block.get_submodule(path))
         if config.span(layer) == "window":
             checked(lib, lib.glass_window_set(engine, layer, config.window_tokens))
         packer.vector(layer, "distance", _by_distance(model, layer))
     packer.norm(0, "norm_f", model.norm_f)
     packer.norm(0, "embedding_norm", model.embedding_norm)
-    packer.matrix(0, "embedding", model.token_embedding)
-    if not config.tied_head:
-        packer.matrix(0, "head", model.head)
     for name, table in _positions(model).items():
         packer.vector(0, name, table)
+
+
+def _matrices(config: ModelConfig) -> list[tuple[str, str]]:
+    """Of a block: the engine's names, and ours."""
+    gate = [("gate", "mlp.gate")] if config.mlp == "swiglu" else []
+    return [("qkv", "attn.qkv"), ("out", "attn.out"), ("up", "mlp.up"), *gate, ("down", "mlp.down")]
+
+
+class Kind(NamedTuple):
+    """How a matrix is stored, and how it will be packed."""
+
+    stored: Tensor
+    shape: tuple[int, int]
+    number: str
+    group: int | None
 
 
 class Packer:
@@ -104,43 +121,44 @@ class Packer:
             self.vector(layer, name, module.get_parameter("weight"))
             self.vector(layer, f"{name}_bias", getattr(module, "bias", None))
 
-    def linear(self, layer: int, name: str, module: nn.Module) -> None:
-        self.matrix(layer, name, module)
-        self.vector(layer, f"{name}_bias", getattr(module, "bias", None))
+    def kind(self, module: nn.Module) -> Kind:
+        """Raises Unavailable for a module that is no plain or quantised matrix."""
+        if isinstance(module, QuantisedLinear | QuantisedEmbedding):
+            matrix = module.matrix
+            if matrix.group is not None and matrix.group % 8:
+                raise Unavailable(f"the native engine needs groups of a multiple of 8; the model has {matrix.group}")
+            return Kind(matrix.codes, (len(matrix.codes), matrix.columns), f"int{matrix.bits}", matrix.group)
+        if type(module) not in (nn.Linear, nn.Embedding):
+            raise Unavailable(f"the native engine does not compute {type(module).__name__}; merge adapters first")
+        weight = module.get_parameter("weight").detach()
+        N, K = weight.shape
+        number = _dtype_of(weight) if self.precision == "as-is" else self.precision
+        return Kind(weight, (N, K), number, INT4_GROUP if number == "int4" and K % INT4_GROUP == 0 else None)
 
     def matrix(self, layer: int, name: str, module: nn.Module) -> None:
-        """A matrix (N, K), some rows at a time. Raises Unavailable for a module that is no plain or quantised matrix."""
-        if isinstance(module, QuantisedLinear | QuantisedEmbedding):
-            stored, number, group = module.matrix.codes, f"int{module.matrix.bits}", module.matrix.group
-            N, K = len(stored), module.matrix.columns
-        elif type(module) in (nn.Linear, nn.Embedding):
-            stored, number = module.get_parameter("weight").detach(), self.precision
-            N, K = stored.shape
-            group = INT4_GROUP if number == "int4" and K % INT4_GROUP == 0 else None
-        else:
-            raise Unavailable(f"the native engine does not compute {type(module).__name__}; merge adapters first")
-        if group is not None and group % 8:
-            raise Unavailable(f"the native engine needs groups of a multiple of 8; the model has {group}")
-        where = self.engine, layer, MATRICES[name]
-        checked(self.lib, self.lib.glass_matrix_new(*where, FORMATS[number], N, K, group or 0))
+        """A matrix (N, K), some rows at a time."""
+        kind, where = self.kind(module), (self.engine, layer, MATRICES[name])
+        N, K = kind.shape
+        checked(self.lib, self.lib.glass_matrix_new(*where, FORMATS[kind.number], N, K, kind.group or 0))
         for first in range(0, N, ROWS):
             rows = slice(first, min(first + ROWS, N))
-            values, scales = _rows(module, rows, number, group)
+            values, scales = _rows(module, rows, kind)
             pointer = None if scales is None else scales.data_ptr()
             checked(self.lib, self.lib.glass_matrix_fill(*where, first, rows.stop - first, values.data_ptr(), pointer))
             if self.release:
-                _give_back(stored[rows])
+                _give_back(kind.stored[rows])
 
 
-def _rows(module: nn.Module, rows: slice, number: str, group: int | None) -> tuple[Tensor, Tensor | None]:
-    """Some rows of a matrix: floats (n, K), or codes (n, K) and scales (n, groups)."""
+def _rows(module: nn.Module, rows: slice, kind: Kind) -> tuple[Tensor, Tensor | None]:
+    """Some rows of a matrix: floats (n, K), or codes (n, K; 4 bits two to a byte) and scales (n, groups)."""
     if isinstance(module, QuantisedLinear | QuantisedEmbedding):
-        codes = module.matrix.unpacked(rows)
-    elif number in ("int8", "int4"):
-        codes = round_to_nearest(module.get_parameter("weight")[rows], int(number.removeprefix("int")), group)
+        codes, scales = module.matrix.codes[rows], module.matrix.scales[rows]
+    elif kind.number in ("int8", "int4"):
+        rounded = round_to_nearest(kind.stored[rows], int(kind.number.removeprefix("int")), kind.group)
+        codes, scales = pack_small(rounded.codes) if kind.number == "int4" else rounded.codes, rounded.scales
     else:
-        return module.get_parameter("weight")[rows].detach().float().contiguous(), None
-    return codes.codes.contiguous(), codes.scales.float().contiguous()
+        return kind.stored[rows].float().contiguous(), None
+    return codes.contiguous(), scales.float().contiguous()
 
 
 def _give_back(tensor: Tensor) -> None:

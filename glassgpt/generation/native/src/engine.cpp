@@ -396,12 +396,11 @@ int32_t glass_matrix_fill(glass_engine* engine, int32_t layer, int32_t name, int
     return guarded([&] {
         Matrix& matrix = engine->matrix(layer, name);
         if (first % kPanel || first + rows > matrix.N) fail("rows do not fit the matrix");
-        const int64_t row_bytes = int64_t(matrix.K) * (matrix.is_coded() ? 1 : 4);
         const int panels = (rows + kPanel - 1) / kPanel;
         engine->team.run([&](int thread) {
             const auto [begin, end] = engine->team.part(panels, thread);
             for (int p = begin; p < end; p++)
-                matrix.fill(first / kPanel + p, std::min(kPanel, rows - p * kPanel), static_cast<const char*>(values) + p * kPanel * row_bytes,
+                matrix.fill(first / kPanel + p, std::min(kPanel, rows - p * kPanel), static_cast<const char*>(values) + p * kPanel * matrix.row_bytes(),
                             scales ? scales + int64_t(p) * kPanel * matrix.groups : nullptr);
         });
         return 0;

@@ -37,7 +37,8 @@ GLASS int64_t glass_bytes(const glass_engine*);  // of weights
 
 // Weights, layer by layer (what belongs to no layer has layer 0). `format` as in kernels.h; group 0: one scale an output.
 GLASS int32_t glass_matrix_new(glass_engine*, int32_t layer, int32_t matrix, int32_t format, int32_t N, int32_t K, int32_t group);
-// Outputs first ... first + rows - 1, first a multiple of 64: floats (rows, K), or codes (rows, K) and scales (rows, groups).
+// Outputs first ... first + rows - 1, first a multiple of 64: floats (rows, K), or codes (rows, K), 4 bits two to a byte
+// with the earlier one in the low half, and scales (rows, groups).
 GLASS int32_t glass_matrix_fill(glass_engine*, int32_t layer, int32_t matrix, int32_t first, int32_t rows, const void* values, const float* scales);
 GLASS int32_t glass_vector_set(glass_engine*, int32_t layer, int32_t vector, const float* values, int64_t count);
 GLASS int32_t glass_window_set(glass_engine*, int32_t layer, int32_t tokens);

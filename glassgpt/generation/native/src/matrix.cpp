@@ -38,18 +38,20 @@ void Matrix::fill(int panel, int rows, const void* values, const float* row_scal
     uint8_t* start = data + panel * panel_bytes;
     const float* numbers = static_cast<const float*>(values);
     const uint8_t* codes = static_cast<const uint8_t*>(values);
-    for (int k = 0; k < K; k++) {
+    const int64_t row_bytes = (K + 1) / 2;  // of 4 bits: two codes to a byte, the earlier one in the low half
+    auto small = [&](int n, int k) { return k < K ? codes[n * row_bytes + k / 2] >> k % 2 * 4 & 15 : 8; };
+    for (int k = 0; k < K && format == kInt4; k += k % 4 == 3 ? 5 : 1) {  // 0-3, 8-11, ...: each with the fourth after it
+        uint8_t* line = start + place(k, 0);
+        for (int n = 0; n < rows; n++) line[4 * n] = small(n, k) | small(n, k + 4) << 4;
+    }
+    for (int k = 0; k < K && format != kInt4; k++) {
         uint8_t* line = start + place(k, 0);
         if (format == kFloat32)
             for (int n = 0; n < rows; n++) reinterpret_cast<float*>(line)[n] = numbers[int64_t(n) * K + k];
         else if (format == kBfloat16)
             for (int n = 0; n < rows; n++) reinterpret_cast<uint16_t*>(line)[2 * n] = to_bfloat16(numbers[int64_t(n) * K + k]);
-        else if (format == kInt8)
-            for (int n = 0; n < rows; n++) line[4 * n] = codes[int64_t(n) * K + k];
-        else if (k % group_inputs / 4 % 2 == 0)
-            for (int n = 0; n < rows; n++) line[4 * n] = (line[4 * n] & 0xf0) | codes[int64_t(n) * K + k];
         else
-            for (int n = 0; n < rows; n++) line[4 * n] = (line[4 * n] & 0x0f) | codes[int64_t(n) * K + k] << 4;
+            for (int n = 0; n < rows; n++) line[4 * n] = codes[int64_t(n) * K + k];
     }
     if (!is_coded()) return;
     for (int n = 0; n < rows; n++)

@@ -18,11 +18,12 @@ struct Matrix {
     Matrix(Format format, int N, int K, int group, Arena& arena);
 
     int panels() const { return (N + kPanel - 1) / kPanel; }
+    int64_t row_bytes() const { return format == kInt8 ? K : format == kInt4 ? (K + 1) / 2 : 4 * int64_t(K); }  // as `fill` reads them
     bool is_coded() const { return format == kInt8 || format == kInt4; }
     Panel panel(int index) const {
         return {format, kPanel, groups, group_inputs, data + index * panel_bytes, scales.empty() ? nullptr : scales.data() + index * kPanel};
     }
-    // Fills the outputs of one panel from rows: floats (rows, K), or codes (rows, K) with scales (rows, groups).
+    // Fills the outputs of one panel from rows: floats (rows, K), or codes (rows, K; 4 bits two to a byte) with scales (rows, groups).
     void fill(int panel, int rows, const void* values, const float* scales);
     // Row n as floats (K).
     void row(int n, float* out) const;
