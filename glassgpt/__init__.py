@@ -6,11 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glassgpt.compress.distill import distill as distill
+    from glassgpt.compress.prune import prune as prune
+    from glassgpt.compress.quantize import quantize as quantize
     from glassgpt.config import PRESETS as PRESETS
     from glassgpt.config import ModelConfig as ModelConfig
     from glassgpt.config import Pretrain as Pretrain
     from glassgpt.config import UserError as UserError
     from glassgpt.config import preset as preset
+    from glassgpt.config.distill import Distill as Distill
     from glassgpt.config.evaluate import Evaluate as Evaluate
     from glassgpt.config.generate import Generate as Generate
     from glassgpt.config.generate import Sampling as Sampling
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from glassgpt.config.hub import Export as Export
     from glassgpt.config.info import Info as Info
     from glassgpt.config.plan import Plan as Plan
+    from glassgpt.config.prune import Prune as Prune
+    from glassgpt.config.quantize import Quantize as Quantize
     from glassgpt.config.tuning import Dpo as Dpo
     from glassgpt.config.tuning import Grpo as Grpo
     from glassgpt.config.tuning import Ppo as Ppo
@@ -42,7 +48,7 @@ if TYPE_CHECKING:
     from glassgpt.tuning.reward import reward as reward
     from glassgpt.tuning.sft import sft as sft
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 _HOME = {
     "PRESETS": "config",
@@ -80,6 +86,12 @@ _HOME = {
     "dpo": "tuning.dpo",
     "ppo": "tuning.ppo",
     "grpo": "tuning.grpo",
+    "Quantize": "config.quantize",
+    "Prune": "config.prune",
+    "Distill": "config.distill",
+    "quantize": "compress.quantize",
+    "prune": "compress.prune",
+    "distill": "compress.distill",
 }
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
