@@ -56,6 +56,9 @@ COMMANDS = {
     "bench generate": Command(
         "speed of generation beside other engines", "config.bench:BenchGenerate", "lab.bench.generate.generate:bench_generate"
     ),
+    "bench speculative": Command(
+        "what guessing tokens ahead buys", "config.bench:BenchSpeculative", "lab.bench.speculative:bench_speculative"
+    ),
     "bench train": Command("speed and memory of training beside peers", "config.bench:BenchTrain", "lab.bench.train:bench_train"),
     "bench device": Command("CPU against GPU, float32 against bf16", "config.bench:BenchDevice", "lab.bench.device:bench_device"),
     "bench inspect": Command(

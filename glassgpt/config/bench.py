@@ -1,11 +1,14 @@
-"""Knobs of `glassgpt bench generate`, `bench train`, `bench device`, `bench inspect` and `lab speedrun`."""
+"""Knobs of `glassgpt bench generate`, `bench speculative`, `bench train`, `bench device`, `bench inspect` and `lab speedrun`."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from glassgpt.config.compute import Compute
 from glassgpt.config.errors import UserError, check_at_least, check_seed
 
 TrainSystem = Literal["ours", "ours-compiled", "fp32", "fp32-compiled", "bf16", "bf16-compiled"]
@@ -176,3 +179,45 @@ class BenchInspect:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "tokens", "prompt_tokens", "repeats", "patch_repeats", "threads")
+
+
+@dataclass(frozen=True)
+class BenchSpeculative:
+    """Plain writing beside speculative decoding: guesses looked up in the text, or a draft model's.
+
+    Two prompts: the beginning of a story, and a quotation: a story that the model wrote itself, then its first words again.
+    """
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")] = "storyteller"
+    """A bundled model, a run folder, a Hugging Face folder or a downloaded hub id."""
+    prompt: str = "Once upon a time"
+    """The beginning of a story."""
+    quoted_tokens: int = 160
+    """Tokens of the story that the second prompt quotes."""
+    again_tokens: int = 40
+    """Tokens of it that the second prompt repeats."""
+    new_tokens: int = 128
+    """Tokens to write at most; fewer where the context is full."""
+    temperatures: tuple[float, ...] = (0.0, 0.8)
+    """0 is greedy: both ways must then write the same."""
+    lookups: tuple[int, ...] = (2, 4)
+    """Longest runs of tokens that are looked up."""
+    drafts: tuple[str, ...] = ()
+    """Smaller models with the same tokenizer."""
+    proposals: int = 8
+    """Tokens that are guessed at a time, at most."""
+    compute: OmitArgPrefixes[Compute] = field(default_factory=Compute)
+    repeats: int = 5
+    """Turns of each way; medians are reported."""
+    seed: int = 0
+    """Seed of the story and of what is drawn."""
+    json: bool = False
+    """One JSON object instead of a table."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "quoted_tokens", "again_tokens", "new_tokens", "repeats", "proposals")
+        check_at_least(0, self, "seed")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise UserError(f"temperatures must be at least 0, and at least one; got {list(self.temperatures)}")
+        if any(tokens < 1 for tokens in self.lookups):
+            raise UserError(f"lookups must be at least 1; got {list(self.lookups)}")

@@ -64,14 +64,14 @@ class Quantize:
     bits: Literal[8, 4] = 8
     """Of the blocks' matrices."""
     head_bits: Literal[8, 4] = 8
-    """Of the token embedding and the head, which 4 bits hurt most."""
+    """Of the token embedding and the head, the matrix whose 4 bits change most greedy choices."""
     group: int = 32
     """How many numbers along a matrix's input share a scale (2 bytes); 0: one scale for each output (4 bytes)."""
     method: Literal["rtn", "gptq"] = "rtn"
     """rtn: each number to the nearest code; gptq: errors are made good by the columns that follow (Frantar et al. 2022), which
     needs text (`--calibration`) and time."""
     activations: Literal[16, 8] = 16
-    """8: what a matrix reads is rounded to 8 bits as well, for each token, or for each group of it."""
+    """8: what a matrix reads is rounded to 8 bits as well, with a scale for each token."""
     keep: tuple[str, ...] = ()
     """Matrices that are not quantised: names or parts of them (token_embedding, blocks.0, blocks.3.mlp.down, down)."""
     calibration: tuple[str, ...] = ()
