@@ -15,6 +15,7 @@ from glassgpt.config import UserError
 from glassgpt.config.bench import BenchSpeculative
 from glassgpt.config.generate import Sampling
 from glassgpt.config.speculation import Speculation
+from glassgpt.data.progress import tracked
 from glassgpt.generation import engine
 from glassgpt.generation.backend import Opened, open_guesses, open_model
 from glassgpt.generation.speculative import Acceptance, Guesses, either
@@ -97,7 +98,8 @@ def _timed(
     """Every way from one prompt; in each turn one after the other."""
     room = min(config.new_tokens, opened.model.config.context_tokens - len(ids))
     seconds: dict[str, list[float]] = {name: [] for name in guesses}
-    written, counts = {}, {}
+    written: dict[str, list[int]] = {}
+    counts: dict[str, Acceptance] = {}
     for turn in tracked(range(config.repeats + 1), f"{prompt}, temperature {temperature:g}"):
         for name, guess in guesses.items():
             counts[name] = Acceptance()
