@@ -16,7 +16,7 @@ from glassgpt.config import UserError
 
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("c++", "g++", "clang++")
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-DGG_EXPORTS"]
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden"]
 KERNELS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma", "-DGG_AVX2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mprefer-vector-width=512"]
