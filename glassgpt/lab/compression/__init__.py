@@ -1,0 +1,1 @@
+"""`glassgpt lab compression`: one model in many smaller forms, by size, speed and quality."""
