@@ -81,7 +81,10 @@ def _show(result: Sensitivity) -> None:
     console = Console(highlight=False)
     original, tokens = result.original.bits_per_byte, result.original.tokens
     group = f"groups of {result.group}" if result.group else "a scale for each output"
-    console.print(f"{result.model}: {original:.4f} bits per byte on {tokens:,} tokens; quantised to {result.bits} bits, {group}")
+    console.print(
+        f"{result.model}: {original:.4f} bits per byte on {tokens:,} tokens; quantised to {result.bits} bits, {group}",
+        soft_wrap=True,
+    )
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for heading in ("alone in few bits", "numbers", "bits per byte", "change", "equal greedy choice"):
         table.add_column(heading, justify="left" if heading.startswith("alone") else "right", no_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import NamedTuple
 
@@ -38,8 +39,11 @@ def open_model(name: str, device: str, compute: Compute) -> Opened:
     stored = torch.float32 if find(name).base is not None else None
     gpt, tokenizer = load(name, device=device, dtype=stored)
     parameters = parameter_count(gpt)
+    default_threads()
     model = backend(gpt, compute)
     engine = "plain" if isinstance(model, GPT) else "native"
+    if engine == "native":
+        torch.set_num_threads(1)  # what is left to PyTorch is small, and its idle threads would keep the engine's from the cores
     precision = precision_of(model) if isinstance(model, GPT) else getattr(model, "precision", compute.precision)
     return Opened(model, tokenizer, parameters, {"engine": engine, "precision": precision})
 
@@ -87,7 +91,7 @@ def backend(model: GPT, compute: Compute) -> Model:
             precision="float32" if compute.precision == "as-is" and recipe is None else compute.precision,
             activations=8 if recipe and recipe.activation_bits == 8 else compute.activations,
             cache=compute.cache,
-            threads=compute.threads,
+            threads=compute.threads or default_threads(),
             release=True,
         )
     except native.Unavailable as error:
@@ -95,6 +99,12 @@ def backend(model: GPT, compute: Compute) -> Model:
             raise UserError(f"the native engine cannot be used: {error}") from error
         print(f"note: {error}; computing with PyTorch, which is slower", file=sys.stderr)
         return plain(model, compute)
+
+
+@functools.cache
+def default_threads() -> int:
+    """PyTorch's number, as it was before `open_model` left PyTorch one."""
+    return torch.get_num_threads()
 
 
 def plain(model: GPT, compute: Compute) -> GPT:

@@ -44,7 +44,7 @@ def measure(
         ids, targets = batch.ids.to(ranks.device), batch.targets.to(ranks.device)
         segments = None if batch.segments is None else batch.segments.to(ranks.device)
         # not compiled: rows of another number or length would change the shapes that training is compiled for
-        with low_precision, torch.compiler.set_stance("force_eager"):
+        with low_precision, machine.eager():
             nats += scored(ids, targets, segments).item()
         supervised = targets[targets != IGNORE]
         tokens += supervised.numel()
@@ -62,7 +62,7 @@ def expert_usage(scored: nn.Module, batch: Batch, top_k: int, ranks: Ranks) -> l
     was_training, routes = scored.training, Routes()
     scored.eval()
     segments = None if batch.segments is None else batch.segments.to(ranks.device)
-    with torch.compiler.set_stance("force_eager"):
+    with machine.eager():
         scored(batch.ids.to(ranks.device), batch.targets.to(ranks.device), segments, routes)
     scored.train(was_training)
     parallel.reshard(scored)

@@ -195,7 +195,7 @@ def sample(model: GPT, tokenizer: Tokenizer, config: Pretrain, ranks: Ranks) -> 
     def write() -> str:
         model.eval()
         prompts, tokens = [config.sample_prompt], SAMPLE_TOKENS
-        with torch.compiler.set_stance("force_eager"):  # the cache grows with each token: a shape a token to compile
+        with machine.eager():  # the cache grows with each token: a shape a token to compile
             (completion,) = complete(
                 model, tokenizer, prompts, SAMPLING, max_new_tokens=tokens, seed=config.seed, drop_oldest=True
             )

@@ -62,7 +62,7 @@ def write(
     rows = max(1, BATCH_TOKENS // (max(map(len, prompts)) + max_new_tokens))
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
-    with torch.compiler.set_stance("force_eager"):
+    with machine.eager():
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
             generators = [torch.Generator().manual_seed(seeds[row]) for row in part]

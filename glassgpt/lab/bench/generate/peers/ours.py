@@ -48,7 +48,8 @@ class System:
         activations: Literal[8, 16] = 8 if variant.endswith("-a8") else 16
         self.model: Any = model
         if not variant.startswith("plain-"):
-            self.model = native.open_model(model, activations=activations, threads=threads)
+            self.model = native.open_model(model, activations=activations, threads=threads, release=True)
+            torch.set_num_threads(1)  # as `generate` does
 
     def generate(self, prompts: list[list[int]], new_tokens: int, stamp: Callable[[], None]) -> list[list[int]]:
         import torch
