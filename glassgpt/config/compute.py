@@ -7,6 +7,7 @@ from typing import Literal
 
 from glassgpt.config.errors import UserError, check_at_least, check_choices
 
+MOST_THREADS = 1024
 Precision = Literal["as-is", "float32", "bfloat16", "float64", "int8", "int4"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
@@ -29,6 +30,8 @@ class Compute:
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(1, self, "threads")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UserError(f"threads must be at most {MOST_THREADS}; got {self.threads}")
         if self.engine == "plain" and self.needs_native:
             raise UserError("--activations 8 and --cache are the native engine's; leave them out, or use --engine native")
         if self.engine == "native" and self.precision == "float64":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,15 +13,13 @@ from glassgpt.config import UserError
 from glassgpt.config.compute import Compute
 from glassgpt.config.quantize import Recipe
 from glassgpt.config.speculation import Speculation
+from glassgpt.generation.native.packing import INT4_GROUP
 from glassgpt.generation.runner import Model
 from glassgpt.generation.speculative import Guesses
 from glassgpt.loading import find, load
 from glassgpt.model import GPT
 from glassgpt.model.quantised import parameter_count, put, recipe_of, round_to_nearest, targets
 from glassgpt.text import Tokenizer
-
-INT4_GROUP = 32
-"""Numbers along a matrix's input that share a scale in 4 bits; in 8 bits each output has one."""
 
 
 class Opened(NamedTuple):
@@ -30,22 +29,30 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
     parameters: int
     used: dict[str, object]
-    """What computes, for `--json`: engine and precision."""
+    """What computes, for `--json`: the engine, and the numbers."""
 
 
-def open_model(name: str, device: str, compute: Compute) -> Opened:
-    """The model called `name`, on the engine and in the numbers asked for. Raises UserError as `load` and `backend` do."""
+def open_model(name: str, device: str, compute: Compute, is_draft: bool = False) -> Opened:
+    """The model called `name`, on the engine and in the numbers asked for. Raises UserError as `load` and `backend` do.
+
+    A draft that is quantised already stays as it is.
+    """
     # an adapter is added to its base in float32: in shorter numbers it would be rounded away
-    stored = torch.float32 if find(name).base is not None else None
-    gpt, tokenizer = load(name, device=device, dtype=stored)
+    dtype = torch.float32 if find(name).base is not None else None
+    gpt, tokenizer = load(name, device=device, dtype=dtype)
     parameters = parameter_count(gpt)
     default_threads()
+    quantised = recipe_of(gpt) is not None
+    if is_draft and quantised:
+        compute = replace(compute, precision="as-is")
+    stored = precision_of(gpt)
     model = backend(gpt, compute)
-    engine = "plain" if isinstance(model, GPT) else "native"
-    if engine == "native":
-        torch.set_num_threads(1)  # what is left to PyTorch is small, and its idle threads would keep the engine's from the cores
-    precision = precision_of(model) if isinstance(model, GPT) else getattr(model, "precision", compute.precision)
-    return Opened(model, tokenizer, parameters, {"engine": engine, "precision": precision})
+    if isinstance(model, GPT):
+        return Opened(model, tokenizer, parameters, {"engine": "plain", "precision": precision_of(model)})
+    torch.set_num_threads(1)  # what is left to PyTorch is small, and its idle threads would keep the engine's from the cores
+    used = {name: getattr(model, name, getattr(compute, name)) for name in ("precision", "activations", "cache")}
+    used |= {"engine": "native"} | ({"precision": stored} if quantised else {})
+    return Opened(model, tokenizer, parameters, used)
 
 
 def open_guesses(speculation: Speculation, tokenizer: Tokenizer, device: str, compute: Compute) -> Guesses | None:
@@ -54,7 +61,7 @@ def open_guesses(speculation: Speculation, tokenizer: Tokenizer, device: str, co
         return None
     if speculation.draft is None:
         return Guesses(lookup=speculation.lookup, proposals=speculation.proposals)
-    draft = open_model(speculation.draft, device, compute)
+    draft = open_model(speculation.draft, device, compute, is_draft=True)
     if not same_tokens(tokenizer, draft.tokenizer):
         raise UserError(f"the draft {speculation.draft} has another tokenizer than the model; give one with the same tokens")
     return Guesses(draft.model, proposals=speculation.proposals)
@@ -78,6 +85,8 @@ def backend(model: GPT, compute: Compute) -> Model:
     on_cpu = next(model.parameters()).device.type == "cpu"
     if compute.engine == "native" and not on_cpu:
         raise UserError("the native engine computes on a CPU; use --device cpu")
+    if compute.activations == 8 and recipe_of(model) is None and compute.precision not in ("int8", "int4"):
+        raise UserError("--activations 8 is for weights of 8 or 4 bits; give --precision int8 or int4 too, or leave it out")
     if compute.engine == "plain" or not on_cpu or compute.precision == "float64":
         if compute.needs_native:
             raise UserError("--activations 8 and --cache are the native engine's, for a CPU and not for float64; leave them out")

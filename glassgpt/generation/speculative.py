@@ -73,7 +73,7 @@ def stream(
     UserError as `engine.stream` does, and for a draft of another vocabulary.
     """
     counts = counts or Acceptance()
-    sizes = [n_ids or one.config.vocab_size for one in (model, guesses.draft) if one is not None]
+    sizes = [min(n_ids or one.config.vocab_size, one.config.vocab_size) for one in (model, guesses.draft) if one is not None]
     if len(set(sizes)) > 1:
         raise UserError(f"the model has a vocabulary of {sizes[0]} tokens and the draft one of {sizes[1]}: they must be the same")
     prompts = [fit(ids, model.config.context_tokens) for ids in prompts]

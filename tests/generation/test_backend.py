@@ -102,7 +102,7 @@ def test_without_a_compiler_pytorch_computes_and_says_so_once(generate: Run, mod
     assert result.err == "note: no C++ compiler found; computing with PyTorch, which is slower\n"
     assert json.loads(result.out) == told(generate(model, *flags, *PLAIN))  # who wants PyTorch is told nothing
     assert json.loads(result.out)["engine"] == "plain"
-    for wish in (["--engine", "native"], ["--activations", 8], ["--cache", "int8"]):
+    for wish in (["--engine", "native"], ["--activations", 8, "--precision", "int8"], ["--cache", "int8"]):
         result = generate(model, *flags, *wish)
         assert (result.code, result.out) == (2, "")
         assert result.err == "glassgpt generate: error: the native engine cannot be used: no C++ compiler found\n"
@@ -114,7 +114,7 @@ def test_the_native_engine_gets_what_was_asked_for(generate: Run, chat: Run, mod
     assert isinstance(opened.model, Fake)
     asked = {"precision": "int4", "activations": 8, "cache": "bfloat16", "threads": 3, "release": True}
     assert opened.model.asked == asked
-    assert opened.used == {"engine": "native", "precision": "int4"}
+    assert opened.used == {"engine": "native", "precision": "int4", "activations": 8, "cache": "bfloat16"}
     assert opened.parameters == sum(p.numel() for p in GPT(CONFIG).parameters())
     flags = ("--temperature", 0, "--json")
     found = told(generate(model, "the cat", *flags))

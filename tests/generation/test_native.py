@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -526,6 +527,38 @@ def test_stop_texts(portable: str) -> None:
     results = [complete(one, tokenizer, prompts, Sampling(), max_new_tokens=40, seed=3, stop=[stop]) for one in (model, native)]
     assert "stop" in [completion.finish_reason for completion in results[0]]
     assert [(c.text, c.finish_reason) for c in results[1]] == [(c.text, c.finish_reason) for c in results[0]]
+
+
+def test_up_and_gate_must_be_stored_alike(portable: str) -> None:
+    """They read the same rows, made ready once; kept in floats one of them would read the other's codes."""
+    for kept in ("gate", "up"):
+        model = quantised(copy.deepcopy(model_of("modern")), 8, None, exact_names=(f"blocks.1.mlp.{kept}",))
+        before = model.blocks[0].attn.qkv.quantised.codes.clone()
+        with pytest.raises(Unavailable, match="up and gate"):
+            NativeModel(model, kernels=portable, release=True)
+        assert torch.equal(model.blocks[0].attn.qkv.quantised.codes, before)  # nothing was given back before it was known
+
+
+def test_a_runner_may_outlive_its_engine(portable: str) -> None:
+    """In a cycle Python ends the engine first."""
+
+    class Holder:
+        pass
+
+    holder: Any = Holder()
+    holder.model, holder.me = packed(model_of(), portable), holder
+    holder.runner = holder.model.start()
+    holder.runner.feed([[1, 2, 3]])
+    finalizer = holder.model.finalizer
+    del holder
+    gc.collect()
+    assert not finalizer.alive
+
+
+@pytest.mark.parametrize(("name", "value"), [("cache", "int4"), ("precision", "int3"), ("activations", 4)])
+def test_what_is_no_number_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{name} must be one of"):
+        NativeModel(model_of(), **{name: value})
 
 
 def test_memory_is_released(portable: str) -> None:

@@ -69,14 +69,14 @@ def test_what_a_user_reads_without_a_compiler(
     from test_native import model_of
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    library.library.cache_clear()
+    library._library.cache_clear()
     try:
         assert not isinstance(backend(model_of(), Compute()), NativeModel)
         assert "no C++ compiler found" in capsys.readouterr().err
         with pytest.raises(UserError, match="the native engine cannot be used: no C\\+\\+ compiler found"):
             backend(model_of(), Compute(engine="native"))
     finally:
-        library.library.cache_clear()
+        library._library.cache_clear()
 
 
 def test_a_compiler_that_fails(cache: Path, compiler: Compiler) -> None:

@@ -205,18 +205,15 @@ def test_packing_loses_nothing(K: int) -> None:
 # ---------------------------------------------------------------------- activations of 8 bits
 
 
-@pytest.mark.parametrize("group", [None, 4])
-def test_activations_are_rounded_for_each_token(group: int | None) -> None:
+def test_activations_are_rounded_for_each_token() -> None:
     x = exact.random(2, 3, 8)
     x[0, 0] = 0.0
-    found = quantised.rounded_activations(x, group)
+    found = quantised.rounded_activations(x)
     for b in range(2):
         for t in range(3):
-            for first in range(0, 8, group or 8):
-                part = x[b, t, first : first + (group or 8)]
-                step = part.abs().max() / 127 or torch.tensor(1.0)
-                expected = torch.tensor([round(float(one / step)) * float(step) for one in part], dtype=torch.float64)
-                assert exact.error(found[b, t, first : first + (group or 8)], expected) <= 1e-12
+            step = x[b, t].abs().max() / 127 or torch.tensor(1.0)
+            expected = torch.tensor([round(float(one / step)) * float(step) for one in x[b, t]], dtype=torch.float64)
+            assert exact.error(found[b, t], expected) <= 1e-12
 
 
 def test_evaluation_rounds_what_the_head_reads() -> None:

@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from glassgpt.config import UserError
 
 SOURCES = Path(__file__).parent / "src"
+LEFT_SECONDS = 3600
 COMPILERS = ("c++", "g++", "clang++")
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden"]
 KERNELS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
@@ -67,8 +69,11 @@ def find_compiler() -> str:
 def cache_folder() -> Path:
     """Where compiled libraries are kept."""
     if folder := os.environ.get("GLASSGPT_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glassgpt"
+        return Path(folder).expanduser().absolute()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "glassgpt"
+    except RuntimeError as error:
+        raise Unavailable("there is no home folder to keep the kernels in; GLASSGPT_CACHE names a folder") from error
 
 
 def build(folder: Path, name: str, compiler: str, flags: list[str]) -> Path:
@@ -76,6 +81,9 @@ def build(folder: Path, name: str, compiler: str, flags: list[str]) -> Path:
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("tmp*"):  # by a build that was killed
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
         work = tempfile.mkdtemp(dir=folder)
     except OSError as error:
         raise Unavailable(f"cannot write to {folder} ({error.strerror}; GLASSGPT_CACHE names another folder)") from error

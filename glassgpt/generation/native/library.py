@@ -58,10 +58,20 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-@functools.cache
 def library() -> Any:
-    """The library, compiled if it has to be. Raises Unavailable."""
-    return opened(str(build.library()))
+    """The library, compiled if it has to be. Raises Unavailable, each time the same."""
+    found = _library()
+    if isinstance(found, build.Unavailable):
+        raise found
+    return found
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        return opened(str(build.library()))
+    except build.Unavailable as error:
+        return error
 
 
 def opened(path: str) -> Any:

@@ -16,6 +16,11 @@ from glassgpt.generation.native.library import checked, library
 from glassgpt.generation.runner import Scores
 from glassgpt.model import GPT
 
+KNOWN: dict[str, tuple[object, ...]] = {
+    "precision": ("as-is", "float32", "bfloat16", "int8", "int4"),
+    "activations": (8, 16),
+    "cache": ("auto", "float32", "bfloat16", "int8"),
+}
 PANEL = 64
 """Outputs of a matrix that lie together; rows of logits are padded to a multiple of it."""
 
@@ -40,6 +45,9 @@ class NativeModel:
         matrices read. `cache` is the numbers of the keys and values: `auto` is float32 for float32 weights, else bfloat16.
         `kernels` names an instruction set of `library.kernels()` (default: the best). Raises Unavailable.
         """
+        for name, value in (("precision", precision), ("activations", activations), ("cache", cache)):
+            if value not in KNOWN[name]:
+                raise UserError(f"{name} must be one of {', '.join(map(str, KNOWN[name]))}; got {value!r}")
         self.config, self.device = model.config, torch.device("cpu")
         self.precision = packing.precision_of(model) if precision == "as-is" else precision
         self.cache = ("float32" if self.precision == "float32" else "bfloat16") if cache == "auto" else cache
@@ -49,7 +57,8 @@ class NativeModel:
         self.engine: Any = self.lib.glass_new(ctypes.byref(shape), self.threads, kernels.encode() if kernels else None)
         if not self.engine:
             raise UserError(self.lib.glass_error().decode())
-        weakref.finalize(self, self.lib.glass_free, self.engine).atexit = False  # runners may still have their rows then
+        self.finalizer = weakref.finalize(self, self.lib.glass_free, self.engine)
+        self.finalizer.atexit = False  # runners may still have their rows then
         packing.pack(self.lib, self.engine, model, precision, release)
 
     @property
@@ -103,6 +112,8 @@ class NativeRunner:
             *(self._engine, len(flat), ints(flat), ints(texts), len(wanted), ints(wanted), self._n_ids),
             *(logits.data_ptr(), self._stride, best.data_ptr(), log_total.data_ptr()),
         )
+        if result < 0 and b"bad_alloc" in self._lib.glass_error():
+            raise UserError("not enough memory for the keys and values; write fewer or shorter texts, or use --cache int8")
         checked(self._lib, result)
         self._lengths = [length + len(ids) for length, ids in zip(self._lengths, tokens, strict=True)]
         return Scores(logits[:, : self._n_ids], best.long(), log_total)
@@ -125,7 +136,7 @@ class NativeRunner:
         self._lengths = list(lengths)
 
     def close(self) -> None:
-        for row in self._rows:
+        for row in self._rows if self._model.finalizer.alive else ():  # in a cycle the model may have gone first
             self._lib.glass_sequence_free(self._engine, row)
         self._rows, self._lengths = [], []
 

@@ -75,6 +75,10 @@ def pack(lib: Any, engine: int, model: GPT, precision: str, release: bool) -> No
     matrices += [(0, "embedding", model.token_embedding)] + ([] if config.tied_head else [(0, "head", model.head)])
     for _, _, module in matrices:
         packer.kind(module)  # nothing is given back before all are known to be understood
+    for block in model.blocks if config.mlp == "swiglu" else ():
+        up, gate = (packer.kind(block.get_submodule(path)) for path in ("mlp.up", "mlp.gate"))
+        if (up.number, up.group) != (gate.number, gate.group):  # they read the same rows, made ready once
+            raise Unavailable("the native engine needs up and gate of an MLP stored alike; one of them was kept")
     for layer, name, module in matrices:
         packer.matrix(layer, name, module)
         packer.vector(layer, f"{name}_bias", getattr(module, "bias", None))

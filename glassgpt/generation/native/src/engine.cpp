@@ -104,10 +104,8 @@ struct glass_engine {
         const bool alone = count <= kAlone;
         Ready& to = alone ? own[thread] : common;
         const int planes = matrix.is_coded() ? shape.planes : 1, unit = matrix.format == kFloat32 ? 4 : matrix.format == kBfloat16 ? 2 : 1;
-        if (alone) reserve(to, count, matrix, planes);
         const auto [begin, end] = alone ? std::pair(0, count) : team.part(count, thread);
         std::vector<float>& row = own[thread].row;
-        row.resize(std::max<size_t>(row.size(), matrix.K));
         for (int r = begin; r < end; r++) {
             const float* source = from + (chosen ? chosen[r] : r) * stride;
             if (weight) norm(source, matrix.K, weight, bias, row.data()), source = row.data();
@@ -168,7 +166,6 @@ struct glass_engine {
     void remember(int thread, int layer, int64_t stride) {
         const int W = shape.head_width, H = shape.heads, G = shape.kv_heads;
         std::vector<float>& row = own[thread].row;
-        row.resize(std::max<size_t>(row.size(), W));
         for (int item = thread; item < int(tokens.size()) * G; item += team.size()) {
             const Token& token = tokens[item / G];
             const int g = item % G;
@@ -296,9 +293,16 @@ struct glass_engine {
         grow(hidden, count * round_up(shape.hidden, kPanel));
         if (shape.gated) grow(gate, count * round_up(shape.hidden, kPanel));
         for (auto& s : scratch) grow(s, attend_scratch(longest, shape.head_width));
-        reserve(common, int(count), head_matrix(), shape.planes);
+        auto make_room = [&](const Matrix& matrix) {  // here, and not in the threads: there nobody could say that there is none
+            reserve(common, int(count), matrix, shape.planes);
+            for (Ready& thread : own) {
+                reserve(thread, std::min<int>(int(count), kAlone), matrix, shape.planes);
+                grow(thread.row, std::max(matrix.K, shape.head_width));
+            }
+        };
+        make_room(head_matrix());
         for (const Layer& layer : layers)
-            for (const Matrix& matrix : layer.matrices) reserve(common, int(count), matrix, shape.planes);
+            for (const Matrix& matrix : layer.matrices) make_room(matrix);
         deal();
         tiles.clear();
         const int most = std::max(1, kQueries / (shape.heads / shape.kv_heads));
@@ -313,6 +317,18 @@ struct glass_engine {
                  int64_t stride, int32_t* best, float* log_total) {
         std::lock_guard<std::mutex> lock(mutex);
         check(count, ids_in, texts, wanted, chosen, ids, stride);
+        std::map<int32_t, int> before;
+        for (int t = 0; t < count; t++) before[texts[t]] = sequences.at(texts[t]).length;
+        try {
+            chunks(count, ids_in, texts, wanted, chosen, ids, logits, stride, best, log_total);
+        } catch (...) {  // no memory: what was begun is forgotten
+            for (const auto& [name, length] : before) sequences.at(name).rewind(length);
+            throw;
+        }
+    }
+
+    void chunks(int count, const int32_t* ids_in, const int32_t* texts, int wanted, const int32_t* chosen, int ids, float* logits,
+                int64_t stride, int32_t* best, float* log_total) {
         int done = 0;
         for (int begin = 0; begin < count; begin += kChunk) {
             const int end = std::min(count, begin + kChunk);
@@ -426,8 +442,10 @@ int32_t glass_window_set(glass_engine* engine, int32_t layer, int32_t tokens) {
 
 int32_t glass_sequence_new(glass_engine* engine) {
     std::lock_guard<std::mutex> lock(engine->mutex);
-    engine->sequences[engine->next_sequence];
-    return engine->next_sequence++;
+    return guarded([&] {
+        engine->sequences[engine->next_sequence];
+        return engine->next_sequence++;
+    }, -1);
 }
 
 int32_t glass_sequence_fork(glass_engine* engine, int32_t sequence) {

@@ -38,8 +38,8 @@ void Matrix::fill(int panel, int rows, const void* values, const float* row_scal
     uint8_t* start = data + panel * panel_bytes;
     const float* numbers = static_cast<const float*>(values);
     const uint8_t* codes = static_cast<const uint8_t*>(values);
-    const int64_t row_bytes = (K + 1) / 2;  // of 4 bits: two codes to a byte, the earlier one in the low half
-    auto small = [&](int n, int k) { return k < K ? codes[n * row_bytes + k / 2] >> k % 2 * 4 & 15 : 8; };
+    // 4 bits lie two codes to a byte, the earlier one in the low half
+    auto small = [&](int n, int k) { return k < K ? codes[n * row_bytes() + k / 2] >> k % 2 * 4 & 15 : 8; };
     for (int k = 0; k < K && format == kInt4; k += k % 4 == 3 ? 5 : 1) {  // 0-3, 8-11, ...: each with the fourth after it
         uint8_t* line = start + place(k, 0);
         for (int n = 0; n < rows; n++) line[4 * n] = small(n, k) | small(n, k + 4) << 4;

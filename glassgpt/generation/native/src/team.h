@@ -50,13 +50,14 @@ private:
 class Team {
 public:
     explicit Team(int size) : size_(size) {
-        for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+        try {
+            for (int i = 1; i < size; i++) threads_.emplace_back([this, i] { serve(i); });
+        } catch (...) {  // the system gives no more threads: those that there are must end before this does
+            stop();
+            throw;
+        }
     }
-    ~Team() {
-        stopping_.store(true);
-        announce();
-        for (auto& thread : threads_) thread.join();
-    }
+    ~Team() { stop(); }
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
@@ -97,6 +98,12 @@ private:
 #elif defined(__aarch64__)
         asm volatile("yield");
 #endif
+    }
+
+    void stop() {
+        stopping_.store(true);
+        announce();
+        for (auto& thread : threads_) thread.join();
     }
 
     void announce() {
