@@ -35,7 +35,7 @@ class BenchGenerate:
     new_tokens: int = 128
     """Tokens that decode-B writes to each."""
     repeats: int = 5
-    """Turns of each system in each phase; medians and distances of the quartiles are reported."""
+    """Turns of each system in each phase, 3 or more; medians and distances of the quartiles are reported."""
     starts: int = 3
     """Fresh processes of each system, for the time to its first token and its memory (0: none)."""
     threads: int | None = None
@@ -43,7 +43,7 @@ class BenchGenerate:
     work_dir: str | None = None
     """Folder that keeps the converted weights, to start quicker the next time (default: they are deleted)."""
     allow_noise: bool = False
-    """Report with a warning even when the machine was too noisy."""
+    """Report with a warning even when the machine was too noisy; fewer than 3 repeats are then allowed too."""
     json: bool = False
     """One JSON object instead of tables."""
     png: str | None = None
@@ -55,6 +55,8 @@ class BenchGenerate:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "prompt_tokens", "repeats", "threads")
+        if self.repeats < 3 and not self.allow_noise:
+            raise UserError(f"repeats must be at least 3 to tell noise; got {self.repeats}; take more, or use --allow_noise")
         check_at_least(2, self, "new_tokens")  # the time from the first to the last is taken
         check_at_least(0, self, "starts")
         check_seed(self.seed)

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from glassgpt.config import preset
+from glassgpt.lab.bench.generate import process
 from glassgpt.lab.bench.generate.peers import gpt2_files, onnxruntime, openvino
+from glassgpt.lab.bench.generate.phases import Phase
+from glassgpt.lab.bench.generate.random_weights import write_weights
+from glassgpt.lab.bench.generate.systems import System
 
 PEERS = {"onnxruntime": onnxruntime, "openvino": openvino}
 VOCABULARY = 101
@@ -132,6 +137,26 @@ def test_quantised_matrices_are_near_the_given_ones() -> None:
 def test_only_what_is_read_is_kept(gpt2: Folder, tmp_path: Path) -> None:
     prepared("onnxruntime", "int4", gpt2[0], tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
+
+
+@pytest.mark.parametrize(("peer", "variant"), [("xllamacpp", "f16"), ("ctranslate2", "float32")])
+def test_rows_do_not_share_a_context(peer: str, variant: str, tmp_path: Path) -> None:
+    """8 rows that need more tokens together than the model's context are written to the end; a worker refuses fewer."""
+    pytest.importorskip(peer, reason=f"{peer} is not installed")
+    shape, system = preset("tiny", context_tokens=128), System(peer, variant)
+    hf_folder, files = tmp_path / "hf", tmp_path / "files"
+    hf_folder.mkdir()
+    files.mkdir()
+    write_weights(shape, 0, hf_folder)
+    process.prepare(system, hf_folder, files, 1, tmp_path / "log")
+    worker = process.Worker(system, files, 1, tmp_path / "log")
+    try:
+        for rows in (1, 8, 1):
+            phase = Phase("decode", rows, 60, 60)
+            answer = worker.generate(phase.prompts(shape.vocab_size, 0), phase.new_tokens, phase.warm_tokens)
+            assert [len(row) for row in answer["ids"]] == [60] * rows
+    finally:
+        worker.close()
 
 
 @pytest.mark.parametrize("peer", PEERS)

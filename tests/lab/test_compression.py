@@ -175,7 +175,7 @@ def variant(name: str, size: float, bits: float, rate: float = 100.0, spread: fl
 
 
 def result(*found: Variant) -> Result:
-    return Result({"model": "m", "new_tokens": 8, "repeats": 3}, Quality(2.0, 1.0, 960), 1, 0.05, list(found), {})
+    return Result({"model": "m", "repeats": 3}, Quality(2.0, 1.0, 960), 1, 3, 8, 0.05, list(found), {})
 
 
 def test_the_chart_has_every_name_once_and_none_upon_another() -> None:
@@ -439,7 +439,31 @@ def test_extra_models_are_measured_as_they_are_stored(call: tiny.Run, model: Pat
         assert said["int4"][key] == said[f"{folder}/"][key]
 
 
+def test_an_extra_model_replaces_no_variant(call: tiny.Run, model: Path, tokens: Tokenizer, tmp_path: Path) -> None:
+    other = saved(tmp_path / "bfloat16", exact.noisy(ModelConfig(tokens.vocab_size, 24, 1, 1, 32), torch.float32), tokens)
+    found = call("--variants", "bfloat16", "--extra", other, "--json", "--engine", "plain")
+    assert found.code == 0, found.err
+    assert [one["name"] for one in json.loads(found.out)["variants"]] == ["bfloat16", str(other)]
+
+
+def test_the_tokens_that_were_timed_are_told(call: tiny.Run) -> None:
+    few = ("--variants", "bfloat16", "--engine", "plain", "--new_tokens", 500)
+    assert "22 tokens after 3, " in call(*few).out  # a context of 24, and the last token is not read
+    said = json.loads(call(*few, "--prompt_tokens", 500, "--json").out)
+    assert (said["prompt_tokens"], said["new_tokens"]) == (23, 2)
+
+
 # ---------------------------------------------------------------------- refused
+
+
+def test_extra_models_are_looked_at_before_anything_is_made(
+    call: tiny.Run, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = saved(tmp_path / "other", exact.noisy(ModelConfig(tokenizer.vocab_size, 24, 1, 1, 32), torch.float32), tokenizer)
+    monkeypatch.setattr(module, "write_variants", lambda *_: pytest.fail("made variants first"))
+    for extra, message in ((other, "has other tokens than the model"), (tmp_path / "none", "no model")):
+        found = call("--variants", "bfloat16", "--extra", extra)
+        assert found.code == 2 and message in found.err.replace("\n", " ")
 
 
 def test_one_line_for_what_is_wrong(
@@ -453,6 +477,9 @@ def test_one_line_for_what_is_wrong(
         (("--variants", "int5"), "no variant 'int5'"),
         (("--variants", "bfloat16", "--extra", short), "has a context of 12 tokens, and 24 are read at once"),
         (("--variants", "bfloat16", "--extra", other), "has other tokens than the model"),
+        (("--variants", "*", "--extra", tmp_path / "none"), "no model"),
+        (("--variants", "int4", "--extra", "int4"), "extra int4 is called like a variant; give its whole path, such as ./int4"),
+        (("--extra", model, model), "is given twice"),
         (("--variants", "wanda-50"), "no variant can be made: wanda-50: decides by text: give --calibration FILES"),
         (("--png", tmp_path / "a.svg"), "--png writes .png files"),
         (("--new_tokens", 1), "new_tokens must be at least 2; got 1"),

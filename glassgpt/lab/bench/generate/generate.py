@@ -32,7 +32,8 @@ def bench_generate(config: BenchGenerate) -> Result:
     limits = floor.measure(shape, {system.bits for system in systems}, threads)  # which also compiles our kernels, if need be
     with _work_folder(config) as folder:
         found = _Run(config, shape, threads, folder, systems, left_out).measure(phases)
-    result = Result(config, shape, threads, phases, found.systems, found.left_out, found.calibration_seconds, limits)
+    calibration = found.best_calibration_seconds, found.calibration_seconds
+    result = Result(config, shape, threads, phases, found.systems, found.left_out, *calibration, limits)
     noise = result.noise()
     if noise and not config.allow_noise:
         raise UserError(f"the machine was too noisy to compare on: {'; '.join(noise)}; run it again, or use --allow_noise")
@@ -41,7 +42,7 @@ def bench_generate(config: BenchGenerate) -> Result:
 
 
 class _Run:
-    """Systems on their way through the measurement. One that fails is left out from there on, and told why."""
+    """Systems on their way through the measurement. One that fails is left out from there on; the phases before stay."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class _Run:
         self.waiting = {system.name: system for system in systems}
         self.left_out = dict(left_out)
         self.systems: dict[str, Measured] = {}
+        self.best_calibration_seconds = min(floor.calibrate(threads) for _ in range(floor.TURNS))
         self.calibration_seconds: list[float] = []
         self.workers: dict[str, Worker] = {}
 
@@ -114,28 +116,35 @@ class _Run:
                     progress(number * len(self.systems) + place, total)
 
     def _take_turns(self, phase: Phase) -> None:
-        """The first turn warms up: it compiles, plans and allocates, and its ids are kept."""
+        """The first turn warms up: it compiles, plans and allocates; its ids are kept. Only a finished phase counts."""
+        ids: dict[str, list[list[int]]] = {}
+        seconds: dict[str, list[float]] = {name: [] for name in self.workers}
         prompts = phase.prompts(self.shape.vocab_size, self.config.seed)
         with steps(phase.name) as progress:
             for turn in range(self.config.repeats + 1):
-                for name, found in list(self.systems.items()):
+                for name in list(self.workers):
                     with self._left_out_if_it_fails(name):
                         if turn:
                             self.calibration_seconds.append(floor.calibrate(self.threads))
                         answer = self.workers[name].generate(prompts, phase.new_tokens, phase.warm_tokens if turn else 0)
                         if turn:
-                            found.turns.setdefault(phase.name, []).append(phase.seconds(answer["seconds"]))
+                            seconds[name].append(phase.seconds(answer["seconds"]))
                         else:
-                            found.ids[phase.name] = answer["ids"]
+                            ids[name] = answer["ids"]
                 progress(turn + 1, self.config.repeats + 1)
+        for name in self.workers:
+            self.systems[name].turns[phase.name], self.systems[name].ids[phase.name] = seconds[name], ids[name]
 
     @contextlib.contextmanager
     def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
         try:
             yield
         except Failed as error:
-            self.left_out[name] = str(error)
-            self.systems.pop(name, None)
+            if (found := self.systems.get(name)) and found.turns:
+                self.left_out[name] = f"after {list(found.turns)[-1]}: {error}"
+            else:
+                self.left_out[name] = str(error)
+                self.systems.pop(name, None)
             if worker := self.workers.pop(name, None):
                 worker.close()
 

@@ -64,6 +64,7 @@ def as_json(result: Result) -> dict[str, Any]:
                 "same_ids": result.same_ids(name, phase),
             }
             for phase in result.phases
+            if result.finished(name, phase)
         }
         for name in result.systems
     }
@@ -76,7 +77,7 @@ def as_json(result: Result) -> dict[str, Any]:
 def tables(result: Result) -> list[tuple[str, Table]]:
     """With their titles: rates; our lead; shares of the floor; equal ids; starts and sizes; the floor itself."""
     found = [_rates(result), _shares(result), _limits(result)]
-    if any(system.is_ours for system in result.systems.values()) and result.best_peer(result.phases[0]):
+    if any(system.is_ours for system in result.systems.values()) and any(map(result.best_peer, result.phases)):
         found.insert(1, _leads(result))
     if BASE in result.systems:
         found.insert(-1, _agreement(result))
@@ -94,7 +95,7 @@ def _table(*columns: str, first: str = "system") -> Table:
 
 def _fill(table: Table, result: Result, cell: Callable[[str, Phase], str]) -> Table:
     for name in result.systems:
-        table.add_row(name, *(cell(name, phase) for phase in result.phases))
+        table.add_row(name, *(cell(name, phase) if result.finished(name, phase) else "-" for phase in result.phases))
     return table
 
 
@@ -118,14 +119,17 @@ def _leads(result: Result) -> tuple[str, Table]:
         if found.is_ours:
             leads = [(result.lead(name, phase), result.lead(name, phase, found.bits)) for phase in result.phases]
             table.add_row(name, *(" / ".join(map(_times, pair)) for pair in leads))
-    best = dict.fromkeys(f"{phase.name} {result.best_peer(phase)}" for phase in result.phases)
+    best = [f"{phase.name} {peer}" for phase in result.phases if (peer := result.best_peer(phase))]
     return f"ours over the best peer / over the best of as many bits\nbest: {', '.join(best)}", table
 
 
 def _shares(result: Result) -> tuple[str, Table]:
     table = _fill(_table(*_names(result)), result, lambda name, phase: f"{result.floor_share(name, phase):.0%}")
     for bits in sorted({found.bits for found in result.systems.values()}, reverse=True):
-        table.add_row(f"floor of {bits} bits", *(f"{_number(result.floor_rate(bits, phase))}/s" for phase in result.phases))
+        groups = " (groups of 32)" if bits == 4 else ""
+        table.add_row(
+            f"floor of {bits} bits{groups}", *(f"{_number(result.floor_rate(bits, phase))}/s" for phase in result.phases)
+        )
     return "share of the floor of its precision: what memory and arithmetic of this machine allow", table
 
 
@@ -169,11 +173,27 @@ def notes(result: Result) -> list[str]:
     lines = []
     floats = [name for name, found in result.systems.items() if found.bits == 32]
     if BASE in floats and len(floats) > 1:
-        other = [name for name in floats if any(result.same_ids(name, phase) != 1 for phase in result.phases)]
+        other = [name for name in floats if any(result.same_ids(name, phase) not in (1, None) for phase in result.phases)]
         lines.append("all of float32 wrote the same ids" if not other else f"float32, but other ids: {', '.join(other)}")
     lines += [f"left out: {name}: {reason}" for name, reason in result.left_out.items()]
     lines.append(f"medians of {result.config.repeats} turns; spread: distance of the quartiles over the median")
+    lines += _fairness(result)
     lines += [f"warning: {line}" for line in result.noise()]
+    return lines
+
+
+def _fairness(result: Result) -> list[str]:
+    """What must be known before systems of one precision are compared."""
+    names, peers = result.systems, {name.partition("-")[0] for name in result.systems}
+    lines = []
+    if "xllamacpp" in peers and "llama.cpp" not in peers:
+        lines.append("llama.cpp here is a wheel without AVX-512; pip install llama-cpp-python compiles the faster one")
+    if any(name.startswith("ours-int8") for name in names):
+        lines.append(
+            "ours-int8: a scale a row meets 99 % equal greedy choices by GPTQ only (docs/results.md); a8 rows are outside of it"
+        )
+    if "onnxruntime-int8" in names:
+        lines.append("onnxruntime: its file holds a float embedding beside its 8-bit head")
     return lines
 
 
@@ -208,9 +228,9 @@ def draw(result: Result, paths: list[Path]) -> list[Path]:
 
 def _draw_phase(axis: Any, result: Result, phase: Phase) -> None:
     systems: dict[str, Measured] = result.systems
-    rates = [result.rate(name, phase) for name in systems]
+    rates = [result.rate(name, phase) if result.finished(name, phase) else 0.0 for name in systems]
     axis.barh(range(len(rates)), rates, color=[OURS if found.is_ours else PEER for found in systems.values()])
-    edge = 1.25 * max(rates)
+    edge = 1.25 * max(rates) or 1.0
     for place, (name, found) in enumerate(systems.items()):
         ratio, limit = result.ratio(name, phase), result.floor_rate(found.bits, phase)
         if limit < edge:

@@ -13,7 +13,6 @@ from typing import Any
 from glassgpt.lab.bench.generate.peers.gguf_files import MODEL_FILE, VARIANTS, write_float, write_rounded
 
 __all__ = ["VARIANTS", "System", "missing", "prepare"]
-MOST_ROWS = 8
 
 
 def missing() -> str | None:
@@ -29,19 +28,31 @@ def prepare(hf_folder: Path, files: Path, variant: str) -> None:
 
 class System:
     def __init__(self, files: Path, variant: str, threads: int) -> None:
+        self.files, self.threads = files, threads
+        self.server: Any = None
+        self.rows, self.context_tokens = 0, 0
+        self._serve(1, 0)
+        self.id_of = json.loads((files / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+
+    def _serve(self, rows: int, context_tokens: int) -> None:
+        """So many rows at once, which share a context (0: the model's); a server that is large enough stays."""
         import xllamacpp
 
+        if self.server and self.rows == rows and self.context_tokens >= context_tokens:
+            return
+        self.server = None  # frees the one before
         options = xllamacpp.CommonParams()
-        options.model.path = str(files / MODEL_FILE)
-        options.n_parallel, options.kv_unified, options.warmup, options.verbosity = MOST_ROWS, True, False, -1
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+        options.model.path = str(self.files / MODEL_FILE)
+        options.n_parallel, options.kv_unified, options.n_ctx = rows, True, context_tokens
+        options.warmup, options.verbosity = False, -1
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = self.threads
         self.server = xllamacpp.Server(options)
-        self.id_of = json.loads((files / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        self.rows, self.context_tokens = rows, context_tokens
 
     def generate(self, prompts: list[list[int]], new_tokens: int, stamp: Callable[[], None]) -> list[list[int]]:
         """The server sends texts; asked for ids, it would sort the vocabulary at each step. Our pieces are whole texts."""
-        if len(prompts) > MOST_ROWS:
-            raise ValueError(f"at most {MOST_ROWS} prompts at once; got {len(prompts)}")
+        rows = len(prompts)
+        self._serve(rows, rows * (len(prompts[0]) + new_tokens) if rows > 1 else 0)
         ids: list[list[int]] = [[] for _ in prompts]
         done = 0
 
