@@ -13,7 +13,7 @@ from glassgpt.config import PRESETS, ModelConfig, UserError, nearest
 from glassgpt.config.errors import first_line
 from glassgpt.config.hub import Download
 from glassgpt.model import GPT, lora, weights
-from glassgpt.model.quantised import dequantised
+from glassgpt.model.quantised import dequantised, recipe_of
 from glassgpt.text import Tokenizer
 from glassgpt.text.tokenizer import VOCABULARY_FILES
 
@@ -52,10 +52,12 @@ class Found(NamedTuple):
     def model(self, dtype: torch.dtype | None = None, merge: bool = True, plain: bool = False) -> GPT:
         """The network in `dtype` (None: as stored); an adapter is added to the weights, unless `merge` is False.
 
-        A quantised one is dequantised for an adapter, or when it must be `plain`.
+        A quantised one is dequantised for an adapter, or when it must be `plain`: then None is float32, which loses nothing.
         """
         if self.base is None:
             model = (weights.load_hf(self.folder) if self.is_hf else weights.load(self.folder)).to(dtype)
+            if plain and dtype is None and recipe_of(model) is not None:
+                model = model.float()  # code * scale has more digits than the scale
             return dequantised(model) if plain else model
         model = lora.load_adapter(self.base.model(dtype, plain=True), self.folder)
         return lora.merge(model) if merge else model

@@ -76,7 +76,7 @@ def _train(config: Distill, ranks: Ranks) -> Path:
         session.say(banner(config, model, teacher, corpus, context))
         apart = -(-len(held_out) // config.eval_batches)
         if session.step == 0 and config.uses_teacher:
-            found = measure(Scored(teacher), held_out.every(apart), byte_lengths, low_precision, ranks)
+            found = measure(Scored(teacher), held_out.every(1), byte_lengths, low_precision, ranks)
             session.say(f"the teacher: held-out loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte")
         for step in session.steps():
             batches = [on(stream.batch(step, micro, ranks.rank), device) for micro in range(micro_batches)]
@@ -95,7 +95,9 @@ def _train(config: Distill, ranks: Ranks) -> Path:
                 whole = step + 1 == config.max_steps
                 found = measure(Scored(model), held_out.every(1 if whole else apart), byte_lengths, low_precision, ranks)
                 entry |= {f"val_{name}": value for name, value in found.items()}
-                session.say(f"step {step + 1}: held-out loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte")
+                part = "" if whole or apart == 1 else " (on a sample)"
+                told_loss = f"held-out loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
+                session.say(f"step {step + 1}: {told_loss}{part}")
             session.finish(entry, f"{count / entry['seconds']:,.0f} tokens/s")
     return run
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from glassgpt.config import UserError
+from glassgpt.data.progress import Progress
 from glassgpt.interpret.activations import check_no_dropout
 from glassgpt.model import GPT, Where
 
-Progress = Callable[[int, int], None]
 Compared = Literal["row", "matrix"]
 """Which weights are ranked together: those of one output, or all of a matrix."""
 PATTERN = (2, 4)
@@ -53,7 +53,8 @@ def prune_magnitude(model: GPT, sparsity: float, pattern: str | None = None, com
     """Set the smallest weights of each matrix to zero, in place (Han et al. 2015): round(sparsity * N * K) of them.
 
     `compared` "row" takes round(sparsity * K) of each row; the pattern "2:4" two of every four along a row, whatever the others
-    say. Raises UserError for a model whose matrices are not plain, and for rows that the pattern does not divide.
+    say. Raises UserError for a model whose matrices are not plain, for rows that the pattern does not divide, and where no weight
+    would stay.
     """
     check_plain(model)
     check_pattern(model, pattern)
@@ -111,6 +112,8 @@ def check_pattern(model: GPT, pattern: str | None) -> None:
 def _zero(linear: nn.Linear, scores: Tensor, sparsity: float, pattern: str | None, compared: Compared) -> None:
     group = linear.in_features if compared == "row" else scores.numel()
     removed, group = (round(sparsity * group), group) if pattern is None else PATTERN
+    if removed >= group:
+        raise UserError(f"sparsity {sparsity} leaves none of the {group:,} weights of a {compared}; give less")
     linear.weight.masked_fill_(~kept(scores, group, removed), 0.0)
 
 

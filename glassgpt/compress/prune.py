@@ -13,13 +13,14 @@ from rich.table import Table
 
 from glassgpt.compress import masks, prune_curve, structured
 from glassgpt.compress.prune_speed import Speed, speeds
-from glassgpt.compress.recovery import PRUNED, recover, recovery_folder
+from glassgpt.compress.recovery import PRUNED, check_sources, recover, recovery_folder
 from glassgpt.compress.windows import bits_per_byte
 from glassgpt.config import UserError
 from glassgpt.config.files import complete_folder
 from glassgpt.config.prune import Prune
 from glassgpt.data.progress import steps
-from glassgpt.loading import find, find_config, load, pick_device
+from glassgpt.interpret.anatomy import anatomy
+from glassgpt.loading import find_config, load, pick_device
 from glassgpt.model import GPT, weights
 from glassgpt.text import Tokenizer
 
@@ -37,7 +38,7 @@ class Stage:
     zero_share: float
     """Of the weights in the blocks' matrices."""
     bytes: int | None
-    """Of the weights' files; None for pickled ones."""
+    """Of the weights; None for pickled ones, whose types cannot be known."""
     bits_per_byte: float | None
     """On the held-out text; None without one."""
     speed: Speed | None
@@ -66,16 +67,18 @@ def prune(config: Prune) -> Pruned | prune_curve.Curve:
     for folder in (target, aside) if config.recover_steps else (target,):
         if folder.exists():
             raise UserError(f"{folder} exists already and is never overwritten; choose another out_dir or move it away")
+    if config.recover_steps:
+        check_sources(config)
     model, tokenizer = load(config.model, device=str(pick_device(config.device)))
     held_out = prune_curve.text_of(config, tokenizer, model) if config.text else None
     pruned = pruned_model(config, model, tokenizer)
-    places = [("before", find(config.model).stored().folder)]
+    places = [("before", config.model)]
     if config.recover_steps:
         write(pruned, tokenizer, aside / PRUNED, stored_dtype(config.model))
-        places += [("pruned", aside / PRUNED), ("recovered", target)]
+        places += [("pruned", str(aside / PRUNED)), ("recovered", str(target))]
         pruned, _ = load(recover(config))
     else:
-        places.append(("pruned", target))
+        places.append(("pruned", str(target)))
     write(pruned, tokenizer, target, stored_dtype(config.model))
     models = [model, *(load(folder, device=config.device)[0] for _, folder in places[1:])]
     measured = speeds(models, config.repeats, config.seed) if config.repeats else [None] * len(models)
@@ -84,7 +87,7 @@ def prune(config: Prune) -> Pruned | prune_curve.Curve:
             name,
             sum(parameter.numel() for parameter in one.parameters()),
             masks.zero_share(one),
-            sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None,
+            anatomy(*find_config(folder)).stored_bytes,
             None if held_out is None else bits_per_byte(one, held_out, tokenizer),
             speed,
         )

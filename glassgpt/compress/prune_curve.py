@@ -53,7 +53,7 @@ class Curve:
     """Bits per byte of the model as it is."""
     points: list[Point]
     left_out: list[str]
-    """Why a method is not there."""
+    """Why a method, or a point of it, is not there."""
 
 
 def curve(config: Prune) -> Curve:
@@ -69,7 +69,11 @@ def curve(config: Prune) -> Curve:
     with steps("curve") as progress:
         intact = bits_per_byte(model, held_out, tokenizer)
         for done, (name, sparsity, method) in enumerate(tried, 1):
-            pruned = method()
+            try:
+                pruned = method()
+            except UserError as error:
+                left_out.append(f"{name} at {sparsity}: {error}")
+                continue
             left = _matrix_weights(pruned) * (1 - masks.zero_share(pruned))
             points.append(Point(name, sparsity, 1 - left / whole, bits_per_byte(pruned, held_out, tokenizer)))
             progress(done, len(tried))

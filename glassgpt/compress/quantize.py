@@ -58,6 +58,8 @@ def quantize(config: Quantize) -> Quantised | sensitivity.Sensitivity:
     Raises UserError for an unknown model or one that is quantised already, for a group that does not fit it, for text that cannot
     be read, for a folder that exists.
     """
+    if config.out_dir is not None and Path(config.out_dir).exists():
+        raise UserError(f"{config.out_dir} exists already and is never overwritten; choose another out_dir or move it away")
     model, tokenizer = load(config.model, device=str(pick_device(config.device)))
     names = chosen(model, config)
     yardstick = None

@@ -6,19 +6,19 @@ H query heads in G groups that share keys and values (G = H for MHA), W head wid
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from glassgpt.compress.masks import check_plain
 from glassgpt.config import ModelConfig, UserError
+from glassgpt.data.progress import Progress
 from glassgpt.interpret.activations import check_no_dropout
 from glassgpt.interpret.hooks import capture
 from glassgpt.model import GPT
 from glassgpt.train.loss import head_loss
 
-Progress = Callable[[int, int], None]
 BOUND = ("alibi", "relative", "per_head")
 """Positions that give each head of all layers a slope or a column of its own: heads cannot leave layer by layer."""
 
@@ -55,7 +55,8 @@ def choose(found: Mapping[str, Tensor], heads: int, mlp_share: float, config: Mo
     """What stays, by the names of `importance`: the numbers of groups of heads and of channels, rising.
 
     `heads` query heads leave each layer, and round(mlp_share * F) channels each MLP, the least important ones. Raises UserError
-    where nothing would stay, for a part of a group of heads, and for positions that are bound to the number of a head.
+    where nothing would stay or no channel leave, for a part of a group of heads, and for positions that are bound to the number
+    of a head.
     """
     check_heads(heads, config)
     share = config.n_head // config.kv_heads
@@ -64,6 +65,10 @@ def choose(found: Mapping[str, Tensor], heads: int, mlp_share: float, config: Mo
         removed = heads // share if name.endswith(".attn") else round(mlp_share * len(values))
         if removed >= len(values):
             raise UserError(f"mlp_share {mlp_share} leaves none of the {len(values)} channels of {name}; give less")
+        if mlp_share and not removed and not name.endswith(".attn"):
+            raise UserError(
+                f"mlp_share {mlp_share} takes out none of the {len(values)} channels of {name}; give {1 / len(values):.4f}"
+            )
         if removed:
             stays[name] = values.argsort(stable=True)[removed:].sort().values
     return stays

@@ -30,7 +30,7 @@ class Export:
     """hf: Hugging Face layout (config.json, model.safetensors, tokenizer.json), which `transformers` and vLLM open;
     gguf: model.gguf, tokenizer included, which llama.cpp runs; glassgpt: our own (model.json in place of config.json)."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
-    """Precision of the written weights; as-is keeps that of the source."""
+    """Precision of the written weights; as-is keeps that of the source (float32 for a quantised one)."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from glassgpt.config.errors import UserError, check_at_least, check_choices, che
 
 VERSION = 1
 """Of the recipe in `model.json`."""
+PREFIX = "quantisation."
+"""Where it stands there: what messages call its keys."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Recipe:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_at_least(1, self, "group")
+        check_choices(self, PREFIX)
+        check_at_least(1, self, "group", prefix=PREFIX)
         for name, bits in self.matrices.items():
-            if bits not in (4, 8) or isinstance(bits, bool):
-                raise UserError(f"matrices.{name} must have 4 or 8 bits; got {bits!r}")
+            if type(bits) is not int or bits not in (4, 8):
+                raise UserError(f"{PREFIX}matrices.{name} must have 4 or 8 bits; got {bits!r}")
 
     def kind(self, bits: int) -> str:
         """What stands for the dtype of a matrix: int8 with a scale for each output, int4/32 with one for 32 inputs."""
@@ -50,7 +52,7 @@ def stored_bytes(kind: str, N: int, K: int) -> int:
 
 @dataclass(frozen=True)
 class Quantize:
-    """Store a model's matrices in 8 or 4 bits: a half or a quarter of bfloat16's size, and loaded like any other model.
+    """Store a model's matrices in 8 or 4 bits: about a half or a third of bfloat16's size, and loaded like any other model.
 
     Quantised are the linear maps of the blocks and the token embedding with its head. Norms, biases, learned positions and
     routers of experts stay as they are. With `--text` the loss is measured before and after. `--sensitivity` writes no model: it

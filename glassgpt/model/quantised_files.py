@@ -16,11 +16,11 @@ from torch import Tensor
 
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.files import from_plain
-from glassgpt.config.quantize import VERSION, Recipe
+from glassgpt.config.quantize import PREFIX, VERSION, Recipe
 from glassgpt.model.gpt import GPT
 from glassgpt.model.quantised import QuantisedMatrix, put, quantised_modules, recipe_of, targets
 
-KEY = "quantisation"
+KEY = PREFIX.removesuffix(".")
 """Of `model.json`."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,7 +39,7 @@ def read_recipe(values: Any) -> Recipe:
         raise UserError(f"made by a newer GlassGPT ({KEY} version {version}; this one reads {VERSION}): upgrade GlassGPT")
     if version != VERSION:
         raise UserError(f"{KEY}.version must be {VERSION}; got {version!r}")
-    return from_plain(Recipe, values, where=f"{KEY}.")
+    return from_plain(Recipe, values, where=PREFIX)
 
 
 def recipe_values(model: GPT) -> dict[str, Any]:

@@ -71,9 +71,9 @@ def read_recipe(folder: Path) -> Recipe | None:
 def _read_own(folder: Path) -> tuple[ModelConfig, Recipe | None]:
     path = folder / CONFIG_FILE
     values = _read_json(path)
-    recipe = values.pop(quantised_files.KEY, None)
+    is_quantised, recipe = quantised_files.KEY in values, values.pop(quantised_files.KEY, None)
     try:
-        return from_plain(ModelConfig, values), None if recipe is None else quantised_files.read_recipe(recipe)
+        return from_plain(ModelConfig, values), quantised_files.read_recipe(recipe) if is_quantised else None
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -18,10 +18,10 @@ from tiny import Run, caller
 from glassgpt.compress import masks, prune_curve, prune_speed
 from glassgpt.compress.recovery import recover
 from glassgpt.compress.windows import bits_per_byte, windows
-from glassgpt.config import Pretrain, UserError, preset
+from glassgpt.config import DataConfig, Pretrain, UserError, preset
 from glassgpt.config.files import CONFIG_FILE, read_yaml
 from glassgpt.config.prune import Prune
-from glassgpt.loading import load
+from glassgpt.loading import complete_checkpoints, load
 from glassgpt.model import weights
 from glassgpt.text import Tokenizer
 from glassgpt.train.pretrain import pretrain
@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_what_was_written(run: Run, model: Path, text: 
     before, after = found["stages"]
     assert (before["name"], after["name"]) == ("before", "pruned") and found["text_tokens"] == 640
     assert after["parameters"] == sum(p.numel() for p in small.parameters()) < before["parameters"]
-    assert after["bytes"] == (out / "model.safetensors").stat().st_size < before["bytes"]
+    assert after["bytes"] == 2 * after["parameters"] and before["bytes"] == 2 * before["parameters"]
     held_out = windows([str(text)], "val", 1.0, tokenizer, 32, 640, 0)
     assert after["bits_per_byte"] == pytest.approx(bits_per_byte(small, held_out, tokenizer), abs=1e-6)
     assert before["bits_per_byte"] == pytest.approx(bits_per_byte(load(model)[0], held_out, tokenizer), abs=1e-6)
@@ -252,10 +252,61 @@ def test_a_curve_or_a_model_is_refused_when_it_lacks_something(run: Run, argumen
     assert said.code == 2 and message in said.err and said.err.count("\n") == 1
 
 
+def test_an_optimizers_numbers_are_not_the_models(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    """A run's checkpoint has them beside the weights."""
+    trained = tmp_path / "run"
+    pretrain(
+        Pretrain(
+            out_dir=str(trained), start=str(model), data=DataConfig((str(text),), holdout_share=0.1), max_steps=1, batch_size=2
+        )
+    )
+    (checkpoint,) = complete_checkpoints(trained)
+    others = sorted(file.name for file in checkpoint.glob("*.safetensors"))
+    assert len(others) > 1 and "model.safetensors" in others
+    said = run(trained, "--out_dir", tmp_path / "out", "--method", "magnitude", "--repeats", 0, "--json")
+    assert said.code == 0, said.err
+    before, after = json.loads(said.out)["stages"]
+    assert before["bytes"] == after["bytes"] == 4 * before["parameters"]
+
+
+def test_a_recovery_that_cannot_begin_leaves_nothing(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    """Text that is not there is told first; what only training finds is taken back, so the command can be given again."""
+    short = tmp_path / "short.txt"
+    short.write_text("the cat")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").touch()
+    given = ("--out_dir", tmp_path / "out", "--method", "magnitude", "--repeats", 0, "--recover_steps", 1, "--batch_size", 2)
+    for sources in (tmp_path / "none.txt", tmp_path / "empty", short):
+        said = run(model, *given, "--sources", sources)
+        assert said.code == 2 and said.err, sources
+        assert not (tmp_path / "out-recovery").exists() and not (tmp_path / "out").exists(), sources
+    assert run(model, *given, "--sources", text).code == 0
+
+
+def test_a_point_of_the_curve_that_cannot_be_is_left_out(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    given = ("--curve", 0.5, 0.9999999, "--text", text, "--text_tokens", 64, "--calibration", text, *FEW, "--json")
+    said = run(model, *given, "--png", tmp_path / "a.png")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert {point["sparsity"] for point in found["points"] if point["method"] != "heads"} == {0.5}
+    assert (
+        "magnitude, by row at 0.9999999: sparsity 0.9999999 leaves none of the 16 weights of a row; give less"
+        in found["left_out"]
+    )
+    assert any(reason.startswith("channels at 0.9999999: mlp_share 0.9999999 leaves none of the") for reason in found["left_out"])
+
+
 def test_what_only_the_model_can_refuse(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
     out, shares = tmp_path / "out", ("--method", "structured", "--calibration", text)
     assert "one at least must stay; got --heads 4" in run(model, "--out_dir", out, *shares, "--heads", 4).err
     assert "no such file" in run(model, "--out_dir", out, "--calibration", tmp_path / "none").err
+    none = run(model, "--out_dir", out, "--method", "magnitude", "--sparsity", 0.9999999).err
+    assert "sparsity 0.9999999 leaves none of the" in none
+    assert (
+        "takes out none of the 64 channels of blocks.0.mlp; give 0.0156"
+        in run(model, "--out_dir", out, *shares, "--mlp_share", 0.001).err
+    )
+    assert not out.exists()
     out.mkdir()
     assert "exists already and is never overwritten" in run(model, "--out_dir", out, "--method", "magnitude").err
     (tmp_path / "new-recovery").mkdir()

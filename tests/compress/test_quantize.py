@@ -17,7 +17,7 @@ from glassgpt.compress import sensitivity
 from glassgpt.compress.quality import Yardstick
 from glassgpt.compress.quantize import quantize
 from glassgpt.config import ModelConfig, UserError
-from glassgpt.config.quantize import Quantize
+from glassgpt.config.quantize import Quantize, Recipe
 from glassgpt.model import GPT, weights
 from glassgpt.model.quantised import quantised_modules, recipe_of, round_to_nearest, targets
 from glassgpt.text import Tokenizer
@@ -205,12 +205,20 @@ def test_one_line_for_what_is_wrong(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("bits", [True, 8.0, "8", None, 3, [8]])
+def test_bits_are_4_or_8_and_the_whole_key_is_named(bits: object) -> None:
+    with pytest.raises(UserError, match=r"^quantisation\.matrices\.blocks\.0\.mlp\.up must have 4 or 8 bits; got "):
+        Recipe({"blocks.0.mlp.up": bits})
+
+
 def test_not_twice_and_not_over_a_folder(model: Path, tmp_path: Path, call: tiny.Run) -> None:
     assert call(model, "--out_dir", tmp_path / "a").code == 0
     again = call(tmp_path / "a", "--out_dir", tmp_path / "b")
     assert again.code == 2 and "is quantised already" in again.err and not (tmp_path / "b").exists()
     over = call(model, "--out_dir", tmp_path / "a")
     assert over.code == 2 and "exists already" in over.err
+    first = call(model, "--out_dir", tmp_path / "a", "--text", "nowhere.txt")  # before the text is read
+    assert first.code == 2 and "exists already" in first.err
 
 
 def test_numbers_that_are_not_finite_leave_nothing_behind(model: Path, tmp_path: Path, call: tiny.Run) -> None:
@@ -243,6 +251,20 @@ def test_commands_open_it(model: Path, text: Path, tmp_path: Path, capsys: pytes
     assert "int8/16" in tiny.caller("info", capsys)(small).out
     seen = tiny.caller("inspect", capsys)(small, "--prompt", "the cat sat", "--json")
     assert seen.code == 0 and json.loads(seen.out)["parameters"] == said["parameters"]
+
+
+@pytest.mark.parametrize("to", ["glassgpt", "hf"])
+def test_an_export_as_it_is_has_the_same_logits(model: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small, plain = tmp_path / "small", tmp_path / "plain"
+    assert tiny.caller("quantize", capsys)(model, "--out_dir", small, "--bits", 4, "--group", 16).code == 0
+    assert tiny.caller("export", capsys)(small, plain, "--to", to).code == 0
+    (quantised, _), (exported, _) = glassgpt.load(small), glassgpt.load(plain, dtype=None)
+    ids = exact.tokens(exported.config)
+    assert {parameter.dtype for parameter in exported.parameters()} == {torch.float32} and recipe_of(exported) is None
+    with torch.no_grad():
+        assert torch.equal(exported(ids), quantised(ids))
+        rounded = exported.bfloat16().float()
+        assert not torch.equal(rounded(ids), quantised(ids))
 
 
 def test_training_starts_from_the_numbers_that_the_codes_stand_for(model: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from glassgpt.lab.bench.generate.result import spread
 from glassgpt.lab.compression import report
 from glassgpt.lab.compression.pareto import front
 from glassgpt.lab.compression.speed import Ready, opened, rates
-from glassgpt.lab.compression.variants import is_calibrated, made, named, stored_dtype
+from glassgpt.lab.compression.variants import NAMES, is_calibrated, made, named, stored_dtype
 from glassgpt.loading import find, load, pick_device
 from glassgpt.model import GPT
 from glassgpt.model.quantised import parameter_count, recipe_of
@@ -66,6 +66,9 @@ class Result:
     config: dict[str, Any]
     original: Quality
     threads: int
+    prompt_tokens: int
+    new_tokens: int
+    """Written after the prompt in a turn, as many as every context has room for; all but the first are timed."""
     margin: float
     """Speeds that differ by a smaller share count as equal."""
     variants: list[Variant]
@@ -101,19 +104,24 @@ def compression(config: Compression) -> Result:
         raise UserError(f"{config.model} is quantised already; give the model that it was made from")
     context = model.config.context_tokens
     ids = windows(config.text, "val", config.holdout_share, tokenizer, context, config.text_tokens, config.seed)
-    prompt = ids[0, : min(config.prompt_tokens, context - 1)].tolist()
+    for source in extras.values():
+        check_extra(source, tokenizer, ids.size(1) - 1)
+    prompt = ids[0, : max(1, min(config.prompt_tokens, ids.size(1) - 2))].tolist()  # leaves room for two tokens
     with tempfile.TemporaryDirectory(prefix="glassgpt-") as scratch:
         yardstick = Yardstick(model, ids, torch.tensor(tokenizer.byte_lengths()))
         written, left_out = write_variants(config, wanted, model, tokenizer, yardstick, Path(scratch))
         del model
         for name, source in extras.items():
-            written[name] = write_extra(source, tokenizer, ids.size(1) - 1, yardstick, Path(scratch) / str(len(written)), device)
+            written[name] = write_extra(source, yardstick, Path(scratch) / str(len(written)), device)
         if not written:
             raise UserError("no variant can be made: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
         ready = {name: opened(one.folder, compute, device) for name, one in written.items()}
-        turns = rates(ready, prompt, config.new_tokens, config.repeats)
+        room = min(one.model.config.context_tokens for one in ready.values()) - len(prompt) + 1
+        new_tokens = min(config.new_tokens, room)
+        turns = rates(ready, prompt, new_tokens, config.repeats)
     variants = assembled(written, ready, turns)
-    result = Result(to_plain(config), yardstick.original, torch.get_num_threads(), SPEED_MARGIN, variants, left_out)
+    timed = (torch.get_num_threads(), len(prompt), new_tokens)
+    result = Result(to_plain(config), yardstick.original, *timed, SPEED_MARGIN, variants, left_out)
     print(json.dumps(asdict(result))) if config.json else report.show(result)
     for path in filter(None, (config.png, config.svg)):
         charts.save(report.draw(result), Path(path))
@@ -136,9 +144,20 @@ def compute_of(config: Compression) -> Compute:
 
 
 def extra_names(sources: tuple[str, ...]) -> dict[str, str]:
-    """What each extra model is called: the last word of its path, or all of it where several end alike."""
-    names = [Path(source).name for source in sources]
-    return {source if names.count(name) > 1 else name: source for name, source in zip(names, sources, strict=True)}
+    """What each extra model is called: the last word of its path, or all of it where several, or a variant, are called so.
+
+    Raises UserError for one whose whole path is the name of a variant, or that is given twice.
+    """
+    taken = [*NAMES, *(Path(source).name for source in sources)]
+    found: dict[str, str] = {}
+    for source in sources:
+        name = source if taken.count(Path(source).name) > 1 else Path(source).name
+        if name in NAMES:
+            raise UserError(f"extra {source} is called like a variant; give its whole path, such as ./{source}")
+        if name in found:
+            raise UserError(f"extra {source} is given twice; give it once")
+        found[name] = source
+    return found
 
 
 # ---------------------------------------------------------------------- writing and measuring
@@ -166,15 +185,19 @@ def write_variants(
     return written, left_out
 
 
-def write_extra(source: str, tokenizer: Tokenizer, window: int, yardstick: Yardstick, folder: Path, device: str) -> Written:
-    """An extra model, in the numbers that it is stored in; an adapter added to its base in float32."""
-    model, its_tokens = load(source, dtype=torch.float32 if find(source).base is not None else None)
-    if not same_tokens(tokenizer, its_tokens):
+def check_extra(source: str, tokenizer: Tokenizer, window: int) -> None:
+    """Raises UserError for an extra model that is nowhere, has other tokens or cannot read a window at once."""
+    found = find(source)
+    if not same_tokens(tokenizer, found.tokenizer()):
         raise UserError(f"extra {source} has other tokens than the model; give one with the same tokenizer")
-    if model.config.context_tokens < window:
-        raise UserError(
-            f"extra {source} has a context of {model.config.context_tokens} tokens, and {window} are read at once; leave it out"
-        )
+    context = found.config().context_tokens
+    if context < window:
+        raise UserError(f"extra {source} has a context of {context} tokens, and {window} are read at once; leave it out")
+
+
+def write_extra(source: str, yardstick: Yardstick, folder: Path, device: str) -> Written:
+    """An extra model, in the numbers that it is stored in; an adapter added to its base in float32."""
+    model, tokenizer = load(source, dtype=torch.float32 if find(source).base is not None else None)
     write(model, tokenizer, folder, None)
     return measured(folder, source, yardstick, device)
 

@@ -48,8 +48,8 @@ def notes(result: Result) -> list[str]:
         f" than {result.margin:.0%} apart count as equal.",
         f"{config['model']}: {original.bits_per_byte:.4f} bits per byte on {original.tokens:,} tokens, by PyTorch in float32;"
         " MB of the file of weights.",
-        f"tokens/s: greedy, one text, {config['new_tokens']} tokens, {result.threads} thread(s), medians of {config['repeats']}"
-        " turns; variants that do the same work (same shape and formats) share theirs.",
+        f"tokens/s: greedy, one text, {result.new_tokens} tokens after {result.prompt_tokens}, {result.threads} thread(s),"
+        f" medians of {config['repeats']} turns; variants that do the same work (same shape and formats) share theirs.",
     ]
     for engine, title in ENGINES.items():
         names = [one.name for one in result.variants if one.engine == engine]
