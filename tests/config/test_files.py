@@ -21,6 +21,7 @@ UNUSUAL = Pretrain(
         *(("full", "window"), 16, "rms", True, "swiglu", MoeConfig(6, 3, 1, 10, False, 0.5, 0.25), False, True, 30.0),
     ),
     start="runs/before",
+    keep_zeros=True,
     data=DataConfig(("a.txt", "b/"), (3.0, 1.0), "tok", 0.125, deduplicate=True, mask_documents=True, replay_share=0.25),
     optim=OptimConfig("muon", 3e-4, 0.5, 0.8, "linear", 0.75, 0.0, 7, 0.01, 0.85, 0.99, 0.5),
     max_steps=11,
