@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ CACHED_BYTES = 16_000_000
 LEAST_BYTES = 1_000_000
 MEASURE_SECONDS = 0.25
 TURNS = 5
-"""Of each measurement; the best counts: a limit is what can be reached."""
+"""Of the calibration at the start; the best counts."""
 SIZE = 1024
 """Of the square matrices that are multiplied."""
 
@@ -85,8 +86,21 @@ def _keys(shape: ModelConfig, context_tokens: int) -> int:
 # ---------------------------------------------------------------------- measuring
 
 
-def measure(shape: ModelConfig, bits: set[int], threads: int) -> Floor:
-    """Memory at 16 MB and at the size of the weights in every precision of `bits`, with one thread and with all; matrix rates."""
+def typical(found: list[Floor]) -> Floor:
+    """The medians of several measurements: what the machine allowed while the systems took their turns."""
+    bandwidths = [
+        Bandwidth(one.bytes, one.threads, statistics.median(floor.bandwidths[i].bytes_per_second for floor in found))
+        for i, one in enumerate(found[0].bandwidths)
+    ]
+    rates = {kind: statistics.median(floor.rates[kind] for floor in found) for kind in found[0].rates}
+    return Floor(bandwidths, rates, found[0].measured_by)
+
+
+def measure(shape: ModelConfig, bits: set[int], threads: int, turns: int = 1) -> Floor:
+    """Memory at 16 MB and at the size of the weights in every precision of `bits`, with one thread and with all; matrix rates.
+
+    The best of so many turns counts: a limit is what can be reached.
+    """
     sizes = sorted({CACHED_BYTES, *(max(LEAST_BYTES, weight_bytes(shape, b)) for b in bits)})
     counts = sorted({1, threads})
     kinds = sorted({RATE_OF[b] for b in bits})
@@ -96,8 +110,8 @@ def measure(shape: ModelConfig, bits: set[int], threads: int) -> Floor:
         read(LEAST_BYTES, 1)
     except native.Unavailable:
         read, multiply = _read_by_torch, _multiply_by_torch
-    bandwidths = [Bandwidth(size, count, max(read(size, count) for _ in range(TURNS))) for size in sizes for count in counts]
-    rates = {kind: max(multiply(kind, threads) for _ in range(TURNS)) for kind in kinds}
+    bandwidths = [Bandwidth(size, count, max(read(size, count) for _ in range(turns))) for size in sizes for count in counts]
+    rates = {kind: max(multiply(kind, threads) for _ in range(turns)) for kind in kinds}
     return Floor(bandwidths, rates, "torch" if read is _read_by_torch else "native")
 
 

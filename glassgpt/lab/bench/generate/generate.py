@@ -33,6 +33,7 @@ def bench_generate(config: BenchGenerate) -> Result:
     with _work_folder(config) as folder:
         found = _Run(config, shape, threads, folder, systems, left_out).measure(phases)
     calibration = found.best_calibration_seconds, found.calibration_seconds
+    limits = floor.typical(found.floors or [limits])  # memory is shared: a limit of another minute would be another limit
     result = Result(config, shape, threads, phases, found.systems, found.left_out, *calibration, limits)
     noise = result.noise()
     if noise and not config.allow_noise:
@@ -59,6 +60,7 @@ class _Run:
         self.systems: dict[str, Measured] = {}
         self.best_calibration_seconds = min(floor.calibrate(threads) for _ in range(floor.TURNS))
         self.calibration_seconds: list[float] = []
+        self.floors: list[floor.Floor] = []
         self.workers: dict[str, Worker] = {}
 
     def measure(self, phases: list[Phase]) -> _Run:
@@ -121,7 +123,10 @@ class _Run:
         seconds: dict[str, list[float]] = {name: [] for name in self.workers}
         prompts = phase.prompts(self.shape.vocab_size, self.config.seed)
         with steps(phase.name) as progress:
+            bits = {system.bits for system in self.systems.values()}
             for turn in range(self.config.repeats + 1):
+                if turn:
+                    self.floors.append(floor.measure(self.shape, bits, self.threads))
                 for name in list(self.workers):
                     with self._left_out_if_it_fails(name):
                         if turn:
