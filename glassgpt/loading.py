@@ -120,6 +120,12 @@ def _find(name: str | Path, above: tuple[Path, ...]) -> Found:
     return Found(_in_hub_cache(str(name)), is_hf=True)
 
 
+def lasting_name(name: str) -> str:
+    """A name that stays the same model: of a run, the checkpoint that is its newest now; of a folder, from any directory."""
+    folder = find(name).folder
+    return str(folder.resolve()) if Path(name).expanduser().is_dir() else name
+
+
 def find_config(name: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     """Configuration of a model, and the dtype of each stored parameter by our names; only headers are read."""
     found = find(name)

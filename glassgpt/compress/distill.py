@@ -18,6 +18,7 @@ from glassgpt.config import ParallelConfig
 from glassgpt.config.distill import Distill
 from glassgpt.data import Batch, Corpus
 from glassgpt.interpret.cost import parameters
+from glassgpt.loading import lasting_name
 from glassgpt.model import GPT
 from glassgpt.text import Tokenizer
 from glassgpt.train import machine, optim, parallel
@@ -142,8 +143,8 @@ def flow(model: GPT, batch: Batch) -> tuple[Tensor, list[Tensor]]:
 
 def opened(config: Distill) -> Distill:
     """Make the run folder, or check that a resumed run asks for the same; returns the configuration with nothing left open."""
-    init = config.init if config.init in ("layers", "random") else student.settled(config.init)
-    settled = dataclasses.replace(config, teacher=student.settled(config.teacher), init=init)
+    init = config.init if config.init in ("layers", "random") else lasting_name(config.init)
+    settled = dataclasses.replace(config, teacher=lasting_name(config.teacher), init=init)
     student.check(settled)
     run = Path(config.out_dir)
 

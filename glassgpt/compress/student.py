@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -127,8 +126,3 @@ def _another(config: Distill, teacher: GPT, tokenizer: Tokenizer) -> GPT:
     if recipe_of(model) is not None:
         raise UserError(f"{config.init} is quantised, and codes cannot be trained; name the model that it was made from")
     return model
-
-
-def settled(name: str) -> str:
-    """A name that stays the same model: of a run, the checkpoint that is its newest now; of a folder, from any directory."""
-    return str(find(name).folder.resolve()) if Path(name).expanduser().is_dir() else name

@@ -41,7 +41,7 @@ def open_model(name: str, device: str, compute: Compute, is_draft: bool = False)
     dtype = torch.float32 if find(name).base is not None else None
     gpt, tokenizer = load(name, device=device, dtype=dtype)
     parameters = parameter_count(gpt)
-    default_threads()
+    default_threads()  # before PyTorch is left one
     quantised = recipe_of(gpt) is not None
     if is_draft and quantised:
         compute = replace(compute, precision="as-is")

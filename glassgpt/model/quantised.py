@@ -158,14 +158,12 @@ class QuantisedMatrix(nn.Module):
         return self.unpacked(rows).dequantised().to(self.like.dtype)
 
 
-class QuantisedLinear(nn.Module):
-    """A linear map by a quantised matrix, which is dequantised for each use and then forgotten."""
+class Quantised(nn.Module):
+    """What stands in the place of a module with a float matrix."""
 
-    def __init__(self, matrix: QuantisedMatrix, bias: nn.Parameter | None, recipe: Recipe) -> None:
+    def __init__(self, matrix: QuantisedMatrix, recipe: Recipe) -> None:
         super().__init__()
         self.matrix, self.recipe = matrix, recipe
-        self.register_parameter("bias", bias)
-        self.in_features, self.out_features = matrix.columns, len(matrix.codes)
 
     @property
     def weight(self) -> Tensor:
@@ -176,6 +174,15 @@ class QuantisedLinear(nn.Module):
     def quantised(self) -> Codes:
         return self.matrix.unpacked()
 
+
+class QuantisedLinear(Quantised):
+    """A linear map by a quantised matrix, which is dequantised for each use and then forgotten."""
+
+    def __init__(self, matrix: QuantisedMatrix, bias: nn.Parameter | None, recipe: Recipe) -> None:
+        super().__init__(matrix, recipe)
+        self.register_parameter("bias", bias)
+        self.in_features, self.out_features = matrix.columns, len(matrix.codes)
+
     def rounded(self, x: Tensor) -> Tensor:
         """What the matrix reads of x (..., K): x, or its 8 bits where the recipe says so."""
         return x if self.recipe.activation_bits == 16 else rounded_activations(x)
@@ -184,22 +191,12 @@ class QuantisedLinear(nn.Module):
         return F.linear(self.rounded(x), self.weight, self._parameters["bias"])
 
 
-class QuantisedEmbedding(nn.Module):
+class QuantisedEmbedding(Quantised):
     """Rows of a quantised matrix."""
 
     def __init__(self, matrix: QuantisedMatrix, recipe: Recipe) -> None:
-        super().__init__()
-        self.matrix, self.recipe = matrix, recipe
+        super().__init__(matrix, recipe)
         self.num_embeddings, self.embedding_dim = len(matrix.codes), matrix.columns
-
-    @property
-    def weight(self) -> Tensor:
-        """(V, D), made anew each time."""
-        return self.matrix.dequantised()
-
-    @property
-    def quantised(self) -> Codes:
-        return self.matrix.unpacked()
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.matrix.dequantised(ids.flatten()).view(*ids.shape, -1)
@@ -243,11 +240,11 @@ def _replace(model: GPT, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def quantised_modules(model: nn.Module) -> Iterator[tuple[str, QuantisedLinear | QuantisedEmbedding]]:
+def quantised_modules(model: nn.Module) -> Iterator[tuple[str, Quantised]]:
     """By name; a tied head is not named again."""
     seen = set()
     for name, module in model.named_modules():
-        if isinstance(module, QuantisedLinear | QuantisedEmbedding) and module.matrix not in seen:
+        if isinstance(module, Quantised) and module.matrix not in seen:
             seen.add(module.matrix)
             yield name, module
 

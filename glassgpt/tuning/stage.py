@@ -21,7 +21,7 @@ from glassgpt.config import UserError
 from glassgpt.config.tuning import RecordsConfig, Tuning
 from glassgpt.data import records as reading
 from glassgpt.data.records import Record
-from glassgpt.loading import find, load
+from glassgpt.loading import lasting_name, load
 from glassgpt.model import GPT, lora, use_attention
 from glassgpt.text import Tokenizer, chat
 from glassgpt.train import machine
@@ -44,7 +44,7 @@ Item = TypeVar("Item")
 
 def opened(config: Config, ranks: Ranks) -> Config:
     """Make the run folder, or check that a resumed run asks for the same; returns the configuration with nothing left open."""
-    settled, run = dataclasses.replace(config, start=_settled(config.start)), Path(config.out_dir)
+    settled, run = dataclasses.replace(config, start=lasting_name(config.start)), Path(config.out_dir)
 
     def make() -> Config:
         found = open_folder(run, settled, without(config, *FREE_ON_RESUME), lambda before: settled)
@@ -64,12 +64,6 @@ def _compare_files(run: Path, config: Tuning) -> None:
         note.write_text(json.dumps(hashes, indent=1) + "\n")
     elif changed := [path for path, value in json.loads(note.read_text()).items() if hashes.get(path) != value]:
         raise UserError(f"{changed[0]} has changed since {run} was started; put it back, or start a new run in another out_dir")
-
-
-def _settled(name: str) -> str:
-    """A name that stays the same model: of a run, the checkpoint that is its newest now; of a folder, from any directory."""
-    folder = find(name).folder
-    return str(folder.resolve()) if Path(name).expanduser().is_dir() else name
 
 
 def start(config: Tuning, ranks: Ranks) -> tuple[GPT, Tokenizer]:

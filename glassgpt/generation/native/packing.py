@@ -14,7 +14,7 @@ from glassgpt.config import ModelConfig
 from glassgpt.generation.native.build import Unavailable
 from glassgpt.generation.native.library import ACTIVATIONS, FORMATS, MATRICES, VECTORS, Shape, checked
 from glassgpt.model import GPT
-from glassgpt.model.quantised import QuantisedEmbedding, QuantisedLinear, round_to_nearest
+from glassgpt.model.quantised import Quantised, round_to_nearest
 from glassgpt.model.quantised import pack as pack_small
 
 ROWS = 4096
@@ -50,7 +50,7 @@ def shape_of(config: ModelConfig, cache: str, activations: int) -> Shape:
 def precision_of(model: GPT) -> str:
     """What `as-is` stands for: the bits of a quantised model, else the dtype. Raises Unavailable for another dtype."""
     for module in model.modules():
-        if isinstance(module, QuantisedLinear):
+        if isinstance(module, Quantised):
             return f"int{module.matrix.bits}"
     return _dtype_of(model.norm_f.get_parameter("weight"))
 
@@ -127,7 +127,7 @@ class Packer:
 
     def kind(self, module: nn.Module) -> Kind:
         """Raises Unavailable for a module that is no plain or quantised matrix."""
-        if isinstance(module, QuantisedLinear | QuantisedEmbedding):
+        if isinstance(module, Quantised):
             matrix = module.matrix
             if matrix.group is not None and matrix.group % 8:
                 raise Unavailable(f"the native engine needs groups of a multiple of 8; the model has {matrix.group}")
@@ -155,7 +155,7 @@ class Packer:
 
 def _rows(module: nn.Module, rows: slice, kind: Kind) -> tuple[Tensor, Tensor | None]:
     """Some rows of a matrix: floats (n, K), or codes (n, K; 4 bits two to a byte) and scales (n, groups)."""
-    if isinstance(module, QuantisedLinear | QuantisedEmbedding):
+    if isinstance(module, Quantised):
         codes, scales = module.matrix.codes[rows], module.matrix.scales[rows]
     elif kind.number in ("int8", "int4"):
         rounded = round_to_nearest(kind.stored[rows], int(kind.number.removeprefix("int")), kind.group)

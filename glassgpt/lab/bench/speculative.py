@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console
@@ -106,7 +106,7 @@ def _timed(
             generators = [torch.Generator().manual_seed(config.seed)]
             stamps, written[name] = [], []
             write = either(guess, counts[name])
-            sampling = replace(Sampling(), temperature=temperature)
+            sampling = Sampling(temperature=temperature)
             for token in write(opened.model, [ids], sampling, generators, room, n_ids=opened.tokenizer.vocab_size):
                 stamps.append(time.perf_counter())
                 written[name].append(token.id)
