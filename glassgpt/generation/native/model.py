@@ -21,7 +21,7 @@ KNOWN: dict[str, tuple[object, ...]] = {
     "activations": (8, 16),
     "cache": ("auto", "float32", "bfloat16", "int8"),
 }
-PANEL = 64
+PANEL = 32
 """Outputs of a matrix that lie together; rows of logits are padded to a multiple of it."""
 
 

@@ -61,7 +61,7 @@ static int multiply_amx(const Panel& p, const Rows& rows, int first, int count, 
                     I sum[PLANES];
                     for (int plane = 0; plane < PLANES; plane++) {
                         memcpy(&sum[plane], sums + (r * PLANES + plane) * kTileColumns + c, sizeof(I));
-                        sum[plane] -= all(128 * rows.sums[(row + r) * PLANES + plane]);
+                        sum[plane] += all(rows.zeros[(row + r) * PLANES + plane]);
                     }
                     F value = PLANES == 2 ? fma(to_float(sum[0]), all(128.0f), to_float(sum[PLANES - 1])) : to_float(sum[0]);
                     F total = value * (p.scales ? load(p.scales + column + c) : all(1.0f));

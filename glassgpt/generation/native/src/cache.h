@@ -13,15 +13,15 @@ struct CacheShape {
     int key_inputs() const { return round_up(width, 4); }
     int padded_width() const { return round_up(width, 16); }
     int64_t unit() const { return format == kFloat32 ? 4 : format == kBfloat16 ? 2 : 1; }
-    int64_t key_bytes() const { return key_inputs() * kPanel * unit(); }
-    int64_t value_bytes() const { return padded_width() * kPanel * unit(); }
-    int64_t head_bytes() const { return key_bytes() + value_bytes() + (format == kInt8 ? 8 * kPanel : 0); }
+    int64_t key_bytes() const { return key_inputs() * kPage * unit(); }
+    int64_t value_bytes() const { return padded_width() * kPage * unit(); }
+    int64_t head_bytes() const { return key_bytes() + value_bytes() + (format == kInt8 ? 8 * kPage : 0); }
     int64_t page_bytes() const { return layers * heads * head_bytes(); }
 
     // Where the parts of a head lie in a page: keys, values, then their scales.
     Pages pages(int layer, int head, const uint8_t* const* pages) const {
         const int64_t start = (int64_t(layer) * heads + head) * head_bytes(), scales = start + key_bytes() + value_bytes();
-        return {format, width, padded_width(), pages, start, start + key_bytes(), scales, scales + 4 * kPanel};
+        return {format, width, padded_width(), pages, start, start + key_bytes(), scales, scales + 4 * kPage};
     }
 };
 
@@ -73,7 +73,7 @@ struct Sequence {
 
     // Makes room for one more position, for this sequence alone; gives its number.
     int extend(Pool& pool) {
-        const size_t page = length / kPanel;
+        const size_t page = length / kPage;
         if (page == pages.size()) {
             pages.push_back(std::make_shared<Page>(pool));
             data.push_back(pages.back()->data());
@@ -85,7 +85,7 @@ struct Sequence {
     }
     void rewind(int positions) {
         length = positions;
-        const size_t needed = (positions + kPanel - 1) / kPanel;
+        const size_t needed = (positions + kPage - 1) / kPage;
         pages.resize(needed);
         data.resize(needed);
     }
@@ -95,8 +95,8 @@ struct Sequence {
 // their scale. A key's numbers lie a panel's line apart, a value's side by side.
 static inline void write(const CacheShape& shape, uint8_t* page, int layer, int head, int position, bool is_key, const void* ready, float scale) {
     const Pages at = shape.pages(layer, head, nullptr);
-    const int place = position % kPanel, together = shape.format == kFloat32 ? 1 : shape.format == kBfloat16 ? 2 : 4;
-    const int columns = is_key ? kPanel : shape.padded_width();
+    const int place = position % kPage, together = shape.format == kFloat32 ? 1 : shape.format == kBfloat16 ? 2 : 4;
+    const int columns = is_key ? kPage : shape.padded_width();
     uint8_t* to = page + (is_key ? at.key_offset : at.value_offset);
     auto put = [&](auto* numbers, const auto* from, auto add) {
         if (is_key)

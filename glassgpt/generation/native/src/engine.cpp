@@ -36,7 +36,7 @@ struct Ready {
     size_t step = 0;  // matrices that the thread has helped with in this pass
     std::vector<uint8_t> data;
     std::vector<float> scale, row;
-    std::vector<int32_t> sums;
+    std::vector<int32_t> zeros;
 };
 
 struct Token {
@@ -111,17 +111,17 @@ struct glass_engine {
             if (weight) norm(source, matrix.K, weight, bias, row.data()), source = row.data();
             kernels->prepare(matrix.format, planes, source, matrix.K, matrix.inputs, matrix.group_inputs,
                              to.data.data() + int64_t(r) * planes * matrix.inputs * unit, to.scale.data() + r,
-                             to.sums.data() + int64_t(r) * planes * matrix.groups);
+                             to.zeros.data() + int64_t(r) * planes * matrix.groups);
         }
         if (!alone) team.barrier();
-        return {to.data.data(), matrix.inputs, planes, to.scale.data(), to.sums.data()};
+        return {to.data.data(), matrix.inputs, planes, to.scale.data(), to.zeros.data()};
     }
 
     static void reserve(Ready& to, int count, const Matrix& matrix, int planes) {
         const size_t bytes = int64_t(count) * planes * matrix.inputs * (matrix.format == kFloat32 ? 4 : matrix.format == kBfloat16 ? 2 : 1);
         if (to.data.size() < bytes) to.data.resize(bytes);
         if (to.scale.size() < size_t(count)) to.scale.resize(count);
-        if (to.sums.size() < size_t(count) * planes * matrix.groups) to.sums.resize(size_t(count) * planes * matrix.groups);
+        if (to.zeros.size() < size_t(count) * planes * matrix.groups) to.zeros.resize(size_t(count) * planes * matrix.groups);
     }
 
     // One panel of y (rows, stride) = rows x matrix + bias, or y += that.
@@ -179,9 +179,9 @@ struct glass_engine {
             }
             for (const float* head : {k, v}) {
                 float scale;
-                int32_t sum;
-                kernels->prepare(cache.format, 1, head, W, W, W, row.data(), &scale, &sum);
-                write(cache, token.sequence->data[token.position / kPanel], layer, g, token.position, head == k, row.data(), scale);
+                int32_t zero;
+                kernels->prepare(cache.format, 1, head, W, W, W, row.data(), &scale, &zero);
+                write(cache, token.sequence->data[token.position / kPage], layer, g, token.position, head == k, row.data(), scale);
             }
         }
         team.barrier();

@@ -18,8 +18,8 @@ namespace GG_ISA {
 // ---- rows x panel -----------------------------------------------------------------------------------------------------
 
 #if defined(GG_AVX512)
-constexpr int kVectors = 4;       // of columns in a tile: with 32 registers, 24 sums, 4 vectors of weights and one of inputs fit
-constexpr int kSums = 24;
+constexpr int kVectors = 2;       // of columns in a tile: a panel, so that memory is read as it lies
+constexpr int kSums = 24;         // in registers: of 32, with the weights and the inputs beside them
 #elif defined(GG_AVX2)
 constexpr int kVectors = 2;       // with 16 registers
 constexpr int kSums = 12;
@@ -80,9 +80,9 @@ static void tile_codes(const Panel& p, int column, const Rows& rows, int first, 
                        bool accumulate) {
     constexpr int kRows = R * PLANES;
     const int8_t* a = (const int8_t*)rows.data + first * PLANES * rows.stride;
-    const int32_t* sums = rows.sums + first * PLANES * p.groups;
+    const int32_t* zeros = rows.zeros + first * PLANES * p.groups;
     const uint8_t* w = p.data + 4 * column;
-    const int step = 4 * p.columns, zero = SMALL ? 8 : kZero8;
+    const int step = 4 * p.columns;
     const int groups = GROUPED ? p.groups : 1;
     F total[R][C];
     if (GROUPED)
@@ -91,7 +91,7 @@ static void tile_codes(const Panel& p, int column, const Rows& rows, int first, 
     for (int g = 0; g < groups; g++, a += p.group_inputs) {
         I sum[kRows][C];
         for (int r = 0; r < kRows; r++)
-            for (int c = 0; c < C; c++) sum[r][c] = all(-zero * sums[r * p.groups + g]);
+            for (int c = 0; c < C; c++) sum[r][c] = all(zeros[r * p.groups + g]);
         for (int k = 0; k < p.group_inputs; k += SMALL ? 8 : 4, w += step) {
             I codes[C];
             for (int c = 0; c < C; c++) codes[c] = load_codes(w + 4 * c * L), fetch_ahead(w + kAhead + 4 * c * L);
@@ -142,25 +142,18 @@ static Tile tile_of(int rows) {
     return Kind<MAX, C>::run;
 }
 
-// All columns and rows of one panel. SUMS vectors of sums fit the registers. Few rows are done with wide tiles, which read
-// weights as they lie in memory; many with tall ones, whose half of a panel stays in the first cache from tile to tile.
+// All columns and rows of one panel, MAX rows at a time at most: their sums must fit the registers.
 template <template <int, int> class Kind, int SUMS>
 static void tiles(const Panel& p, const Rows& rows, int first, int count, const float* bias, float* y, int64_t y_stride, bool accumulate) {
-    constexpr int kWide = SUMS / kVectors < 1 ? 1 : SUMS / kVectors, kHalf = kVectors / 2, kTall = SUMS / kHalf;
-    int done = 0;
-    if (count >= kTall && p.columns % (kHalf * L) == 0) {
-        done = count / kTall * kTall;
-        for (int column = 0; column < p.columns; column += kHalf * L)
-            for (int row = 0; row < done; row += kTall)
-                Kind<kTall, kHalf>::run(p, column, rows, first + row, bias, y + row * y_stride, y_stride, accumulate);
-    }
-    for (; done < count; done += kWide) {
-        const int now = count - done < kWide ? count - done : kWide;
-        const Tile wide = tile_of<Kind, kWide, kVectors>(now), narrow = tile_of<Kind, kWide, 1>(now);
-        int column = 0;
-        for (; column + kVectors * L <= p.columns; column += kVectors * L)
-            wide(p, column, rows, first + done, bias, y + done * y_stride, y_stride, accumulate);
-        for (; column < p.columns; column += L) narrow(p, column, rows, first + done, bias, y + done * y_stride, y_stride, accumulate);
+    constexpr int kMost = SUMS / kVectors < 1 ? 1 : SUMS / kVectors;
+    const int turns = (count + kMost - 1) / kMost;
+    for (int column = 0, width; column < p.columns; column += width) {
+        width = column + kVectors * L <= p.columns ? kVectors * L : L;
+        for (int turn = 0, row = 0, now; turn < turns; turn++, row += now) {
+            now = (count - row) / (turns - turn);  // as even as can be
+            const Tile tile = width == L ? tile_of<Kind, kMost, 1>(now) : tile_of<Kind, kMost, kVectors>(now);
+            tile(p, column, rows, first + row, bias, y + row * y_stride, y_stride, accumulate);
+        }
     }
 }
 
@@ -175,24 +168,30 @@ static void multiply(const Panel& p, const Rows& rows, int first, int count, con
         first += done, count -= done, y += done * y_stride;
     }
 #endif
-    // a row of codes has one sum of its own, or two (planes), and where groups are scaled one by one also their total
+    // a row of codes has one sum, or two (planes), and where groups are scaled one by one also their total
     const bool fine = rows.planes == 2, grouped = p.groups > 1;
     if (p.format == kFloat32) return tiles<Float32, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
     if (p.format == kBfloat16) return tiles<Bfloat16, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
     const bool small = p.format == kInt4;
     if (small && grouped && fine) return tiles<Int4GroupedFine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
-    if (small && grouped) return tiles<Int4Grouped, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
-    if (small && fine) return tiles<Int4Fine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
-    if (small) return tiles<Int4, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (small && grouped) return tiles<Int4Grouped, kSums * 2 / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (small && fine) return tiles<Int4Fine, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (small) return tiles<Int4, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
     if (grouped && fine) return tiles<Int8GroupedFine, kSums / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
-    if (grouped) return tiles<Int8Grouped, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
+    if (grouped) return tiles<Int8Grouped, kSums * 2 / 3>(p, rows, first, count, bias, y, y_stride, accumulate);
     if (fine) return tiles<Int8Fine, kSums / 2>(p, rows, first, count, bias, y, y_stride, accumulate);
     tiles<Int8, kSums>(p, rows, first, count, bias, y, y_stride, accumulate);
 }
 
 // ---- rows made ready ----------------------------------------------------------------------------------------------------
 
-static void prepare(Format format, int planes, const float* x, int K, int inputs, int group_inputs, void* data, float* scale, int32_t* sums) {
+static inline int32_t added(const int32_t* x, int n) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    return sum;
+}
+
+static void prepare(Format format, int planes, const float* x, int K, int inputs, int group_inputs, void* data, float* scale, int32_t* zeros) {
     if (format == kFloat32) {
         float* y = (float*)data;
         memcpy(y, x, 4 * K);
@@ -245,15 +244,25 @@ static void prepare(Format format, int planes, const float* x, int K, int inputs
         for (int k = 0; k < K; k++) high[k] = int8_t(broken ? 0 : int(std::rint(x[k] * inverse)));
         for (int k = K; k < inputs; k++) high[k] = 0;
     }
-    const int groups = inputs / group_inputs;
-    for (int plane = 0; plane < planes; plane++)
-        for (int g = 0; g < groups; g++) {
-            const int8_t* codes = high + plane * inputs + g * group_inputs;
-            int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int k = 0; k < group_inputs; k++) sum += codes[k];
-            sums[plane * groups + g] = sum;
+    // the planes lie one after the other, and so do their groups
+    const int count = planes * inputs / group_inputs, zero = format == kInt4 ? 8 : kZero8;
+    const int whole = group_inputs / (4 * L), side_by_side = 4 * L % group_inputs ? 1 : 4 * L / group_inputs;
+    for (int g = 0; g < count;) {
+        const int8_t* codes = high + g * group_inputs;
+        int32_t lanes[L];
+        if (side_by_side > 1 && g + side_by_side <= count) {  // a vector is several groups
+            const int size = group_inputs / 4;
+            store(lanes, sums_of_four(codes));
+            for (int i = 0; i < side_by_side; i++, g++) zeros[g] = -zero * added(lanes + i * size, size);
+            continue;
         }
+        I sum = {};
+        for (int i = 0; i < whole; i++) sum += sums_of_four(codes + i * 4 * L);
+        store(lanes, sum);
+        int32_t rest = 0;
+        for (int k = whole * 4 * L; k < group_inputs; k++) rest += codes[k];
+        zeros[g++] = -zero * (added(lanes, L) + rest);
+    }
 }
 
 // ---- single numbers -----------------------------------------------------------------------------------------------------
@@ -347,7 +356,7 @@ static float exponentials(float* s, const Query& query, float scale, int begin, 
         for (int i = 0; i < L; i++) most = most_of[j][i] > most ? most_of[j][i] : most;
     float* from = s + begin;
 #pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < (end - begin) / kPanel * kPanel; i++) {
+    for (int i = 0; i < (end - begin) / kPage * kPage; i++) {
         from[i] = exponential((from[i] - most) * scale);
         sum += from[i];
     }
@@ -361,25 +370,25 @@ static void attend(const Pages& cache, const Query* queries, int count, float sc
         first = queries[i].first < first ? queries[i].first : first;
         last = queries[i].position > last ? queries[i].position : last;
     }
-    const int first_page = first / kPanel, end_page = last / kPanel + 1, begin = first_page * kPanel, end = end_page * kPanel;
+    const int first_page = first / kPage, end_page = last / kPage + 1, begin = first_page * kPage, end = end_page * kPage;
     const int key_inputs = round_up(W, 4), pages = end_page - first_page;
     float* scores = scratch;                                // (count, end)
     void* ready = scores + int64_t(kQueries) * end;         // rows of queries, then of shares
     float* row_scale = (float*)ready + int64_t(kQueries) * (end > wide ? end : wide);
     float total[kQueries];                                  // what the shares add up to
-    int32_t* sums = (int32_t*)(row_scale + kQueries);       // (count, planes, pages)
-    float* raw = (float*)(sums + int64_t(kQueries) * planes * (end / kPanel)); // (count, padded width)
+    int32_t* zeros = (int32_t*)(row_scale + kQueries);      // (count, planes, pages)
+    float* raw = (float*)(zeros + int64_t(kQueries) * planes * (end / kPage)); // (count, padded width)
 
     const int unit = cache.format == kFloat32 ? 4 : cache.format == kBfloat16 ? 2 : 1;
     for (int i = 0; i < count; i++)
         prepare(cache.format, planes, queries[i].q, W, key_inputs, key_inputs, (char*)ready + int64_t(i) * planes * key_inputs * unit,
-                row_scale + i, sums + i * planes);
-    Rows rows = {ready, key_inputs, planes, row_scale, sums};
+                row_scale + i, zeros + i * planes);
+    Rows rows = {ready, key_inputs, planes, row_scale, zeros};
     for (int page = first_page; page < end_page; page++) {
         const uint8_t* data = cache.pages[page];
-        Panel keys = {cache.format, kPanel, 1, key_inputs, data + cache.key_offset,
+        Panel keys = {cache.format, kPage, 1, key_inputs, data + cache.key_offset,
                       cache.format == kInt8 ? (const float*)(data + cache.key_scale_offset) : nullptr};
-        multiply(keys, rows, 0, count, nullptr, scores + page * kPanel, end, false);
+        multiply(keys, rows, 0, count, nullptr, scores + page * kPage, end, false);
     }
     for (int i = 0; i < count; i++) {
         float* s = scores + int64_t(i) * end;
@@ -387,18 +396,18 @@ static void attend(const Pages& cache, const Query* queries, int count, float sc
         if (cache.format == kInt8)  // values have a scale for each position: the shares take it over
             for (int page = first_page; page < end_page; page++) {
                 const float* value_scale = (const float*)(cache.pages[page] + cache.value_scale_offset);
-                for (int j = 0; j < kPanel; j++) s[page * kPanel + j] *= value_scale[j];
+                for (int j = 0; j < kPage; j++) s[page * kPage + j] *= value_scale[j];
             }
-        prepare(cache.format, planes, s + begin, end - begin, end - begin, kPanel, (char*)ready + int64_t(i) * planes * (end - begin) * unit,
-                row_scale + i, sums + int64_t(i) * planes * pages);
+        prepare(cache.format, planes, s + begin, end - begin, end - begin, kPage, (char*)ready + int64_t(i) * planes * (end - begin) * unit,
+                row_scale + i, zeros + int64_t(i) * planes * pages);
     }
     for (int page = first_page; page < end_page; page++) {
-        Panel values = {cache.format, cache.padded_width, 1, kPanel, cache.pages[page] + cache.value_offset, nullptr};
-        const int64_t skipped = int64_t(page - first_page) * kPanel;
-        int32_t page_sums[kQueries * 2];
+        Panel values = {cache.format, cache.padded_width, 1, kPage, cache.pages[page] + cache.value_offset, nullptr};
+        const int64_t skipped = int64_t(page - first_page) * kPage;
+        int32_t page_zeros[kQueries * 2];
         if (cache.format == kInt8)
-            for (int i = 0; i < count * planes; i++) page_sums[i] = sums[i * pages + page - first_page];
-        Rows shares = {(const char*)ready + skipped * unit, end - begin, planes, row_scale, page_sums};
+            for (int i = 0; i < count * planes; i++) page_zeros[i] = zeros[i * pages + page - first_page];
+        Rows shares = {(const char*)ready + skipped * unit, end - begin, planes, row_scale, page_zeros};
         multiply(values, shares, 0, count, nullptr, raw, cache.padded_width, page > first_page);
     }
     for (int i = 0; i < count; i++) {

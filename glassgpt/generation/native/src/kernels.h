@@ -7,25 +7,26 @@
 
 // ---- how a matrix lies in memory ------------------------------------------------------------------------------------
 //
-// A matrix W (N, K), which makes N outputs from K inputs, is cut into panels of 64 outputs. In a panel the inputs run
-// slowly and the outputs quickly, so that one pass over it from front to back makes 64 outputs:
+// A matrix W (N, K), which makes N outputs from K inputs, is cut into panels of 32 outputs. In a panel the inputs run
+// slowly and the outputs quickly, so that one pass over it from front to back makes 32 outputs, of up to a dozen rows at once:
 //
-//   float32   [K][64]                                      one input at a time
-//   bfloat16  [K / 2][64][2]                               two, as one instruction multiplies pairs
-//   8 bits    [K / 4][64][4]                               four; a code is unsigned, 128 stands for zero
-//   4 bits    [K / 8][64][4]                               low half bytes: inputs 0-3 of the eight, high ones: 4-7; zero is 8
+//   float32   [K][32]                                      one input at a time
+//   bfloat16  [K / 2][32][2]                               two, as one instruction multiplies pairs
+//   8 bits    [K / 4][32][4]                               four; a code is unsigned, 128 stands for zero
+//   4 bits    [K / 8][32][4]                               low half bytes: inputs 0-3 of the eight, high ones: 4-7; zero is 8
 //
 // Codes have one float scale for each output, or, where inputs are grouped, a bfloat16 scale for each output and group:
-// then 64 of them follow the codes of each group. K is padded with inputs that are zero, N with outputs that are.
+// then 32 of them follow the codes of each group. K is padded with inputs that are zero, N with outputs that are.
 // Keys and values in the cache lie in the same way: see engine.cpp.
 
-constexpr int kPanel = 64;  // outputs in a panel
+constexpr int kPanel = 32;  // outputs in a panel
+constexpr int kPage = 64;   // positions whose keys and values lie together
 
 enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
 struct Panel {
     Format format;
-    int columns;              // outputs that lie side by side: 64, or a head's width
+    int columns;              // outputs that lie side by side: 32, a page's positions or a head's width
     int groups;               // along K
     int group_inputs;         // inputs that share a scale; all (padded) where there is one group
     const uint8_t* data;
@@ -38,7 +39,7 @@ struct Rows {
     int64_t stride;
     int planes;               // 2 where a row is a high and a low one, which lie one after the other
     const float* scale;       // one each; codes only
-    const int32_t* sums;      // of the codes of each (plane of a) row and group, for the zero point; codes only
+    const int32_t* zeros;     // of each (plane of a) row and group: what is to be added as the code 0 is not the number 0; codes only
 };
 
 // One query that looks at keys [first, position] of its sequence.
@@ -66,8 +67,8 @@ struct Kernels {
     // y (rows, columns) = rows x panel + bias, or y += that. Row by row the same bits, however many rows there are.
     void (*multiply)(const Panel&, const Rows&, int first_row, int row_count, const float* bias, float* y, int64_t y_stride,
                      bool accumulate);
-    // One row of inputs x (K) made ready; `inputs` is K padded. Returns nothing: data, scale and sums are written where told.
-    void (*prepare)(Format, int planes, const float* x, int K, int inputs, int group_inputs, void* data, float* scale, int32_t* sums);
+    // One row of inputs x (K) made ready; `inputs` is K padded. Returns nothing: data, scale and zeros are written where told.
+    void (*prepare)(Format, int planes, const float* x, int K, int inputs, int group_inputs, void* data, float* scale, int32_t* zeros);
     // LayerNorm (bias may be null), or RMSNorm.
     void (*norm)(const float* x, int width, bool rms, float epsilon, const float* weight, const float* bias, float* y);
     // hidden = act(hidden), or, for SwiGLU, silu(gate) * hidden.
@@ -86,8 +87,8 @@ constexpr int kQueries = 6;  // of one call of `attend`
 
 // Floats of scratch that `attend` needs for sequences of up to `positions`.
 static inline int64_t attend_scratch(int64_t positions, int64_t head_width) {
-    int64_t padded = (positions + kPanel - 1) / kPanel * kPanel, wide = (head_width + 63) / 64 * 64;
-    return kQueries * (2 * padded + 2 * wide + padded / kPanel * 2 + 64);
+    int64_t padded = (positions + kPage - 1) / kPage * kPage, wide = (head_width + 63) / 64 * 64;
+    return kQueries * (2 * padded + 2 * wide + padded / kPage * 2 + 64);
 }
 
 static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -17,6 +17,7 @@ typedef int32_t I __attribute__((vector_size(4 * L)));
 static inline F load(const float* p) { F v; memcpy(&v, p, sizeof v); return v; }
 static inline I load_codes(const uint8_t* p) { I v; memcpy(&v, p, sizeof v); return v; }
 static inline void store(float* p, F v) { memcpy(p, &v, sizeof v); }
+static inline void store(int32_t* p, I v) { memcpy(p, &v, sizeof v); }
 static inline F all(float x) { return F{} + x; }
 static inline I all(int32_t x) { return I{} + x; }
 static inline F to_float(I x) { return __builtin_convertvector(x, F); }
@@ -82,6 +83,18 @@ static inline I dot4(I acc, I w, int32_t a) {
     for (int i = 0; i < L; i++)
         for (int j = 0; j < 4; j++) acc[i] += (int((uint32_t(w[i]) >> 8 * j) & 255) - 128) * int8_t(uint32_t(a) >> 8 * j);
     return acc;
+#endif
+}
+
+// The sums of four codes (signed) each, L times.
+static inline I sums_of_four(const int8_t* codes) {
+    I x = load_codes((const uint8_t*)codes);
+#if defined(GG_VNNI) && defined(GG_AVX512)
+    return (I)_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), (__m512i)x);
+#elif defined(GG_AVX2)
+    return (I)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)x), _mm256_set1_epi16(1));
+#else
+    return (x << 24 >> 24) + (x << 16 >> 24) + (x << 8 >> 24) + (x >> 24);
 #endif
 }
 
