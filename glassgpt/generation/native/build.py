@@ -22,8 +22,7 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden"]
 KERNELS = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma", "-DGG_AVX2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mprefer-vector-width=512"]
-AVX512 += ["-mtune=icelake-server"]  # else GCC keeps addresses in vector registers, weights do not fit, and grouped codes take twice the time
-AVX512 += ["-mtune=icelake-server"]  # else GCC keeps addresses in vector registers, and then weights do not fit: half the speed
+AVX512 += ["-mtune=icelake-server"]  # else GCC keeps addresses in vector registers; weights then wait outside them
 INSTRUCTION_SETS = {
     "portable": [],
     "avx2": AVX2,

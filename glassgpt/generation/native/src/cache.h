@@ -91,21 +91,27 @@ struct Sequence {
     }
 };
 
-// Writes the key or the value of one position of one head, made ready as one row of inputs: (W) numbers of the format, and
-// their scale. A key's numbers lie a panel's line apart, a value's side by side.
-static inline void write(const CacheShape& shape, uint8_t* page, int layer, int head, int position, bool is_key, const void* ready, float scale) {
+// Four bytes hold T numbers of one column: of a key's column (a position) one after the other, of a value's the same number of T
+// positions, which several threads may write at once.
+template <int T, class Number>
+static inline void write_row(uint8_t* to, const Number* from, int width, int columns, int place, bool is_key) {
+    Number* numbers = reinterpret_cast<Number*>(to);
+    if (is_key)
+        for (int i = 0; i < width; i += T) std::memcpy(numbers + (i / T * columns + place) * T, from + i, 4);
+    else
+        for (int i = 0; i < width; i++) numbers[(place / T * columns + i) * T + place % T] = from[i];
+}
+
+// Writes the key or the value of one position of one head, made ready as one row of inputs: (W) numbers of the format, then as many
+// zeros as are missing to a multiple of four, and their scale.
+static inline void write(const CacheShape& shape, uint8_t* page, int layer, int head, int position, bool is_key, void* ready, float scale) {
     const Pages at = shape.pages(layer, head, nullptr);
-    const int place = position % kPage, together = shape.format == kFloat32 ? 1 : shape.format == kBfloat16 ? 2 : 4;
-    const int columns = is_key ? kPage : shape.padded_width();
+    const int place = position % kPage, columns = is_key ? kPage : shape.padded_width();
     uint8_t* to = page + (is_key ? at.key_offset : at.value_offset);
-    auto put = [&](auto* numbers, const auto* from, auto add) {
-        if (is_key)
-            for (int i = 0; i < shape.width; i++) numbers[(i / together * columns + place) * together + i % together] = from[i] + add;
-        else
-            for (int i = 0; i < shape.width; i++) numbers[(place / together * columns + i) * together + place % together] = from[i] + add;
-    };
-    if (shape.format == kFloat32) return put(reinterpret_cast<float*>(to), static_cast<const float*>(ready), 0.0f);
-    if (shape.format == kBfloat16) return put(reinterpret_cast<uint16_t*>(to), static_cast<const uint16_t*>(ready), 0);
-    put(to, static_cast<const int8_t*>(ready), 128);
+    if (shape.format == kFloat32) return write_row<1>(to, static_cast<const uint32_t*>(ready), shape.width, columns, place, is_key);
+    if (shape.format == kBfloat16) return write_row<2>(to, static_cast<const uint16_t*>(ready), shape.width, columns, place, is_key);
+    auto* codes = static_cast<uint8_t*>(ready);
+    for (int i = 0; i < shape.width; i++) codes[i] += 128;
+    write_row<4>(to, codes, shape.width, columns, place, is_key);
     reinterpret_cast<float*>(page + (is_key ? at.key_scale_offset : at.value_scale_offset))[place] = scale;
 }

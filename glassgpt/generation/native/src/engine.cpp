@@ -33,7 +33,7 @@ struct Layer {
 
 // Inputs made ready for a matrix.
 struct Ready {
-    size_t step = 0;  // matrices that the thread has helped with in this pass
+    size_t step = 0;  // shares of this pass that the thread has had its part of
     std::vector<uint8_t> data;
     std::vector<float> scale, row;
     std::vector<int32_t> zeros;
@@ -74,8 +74,9 @@ struct glass_engine {
     std::vector<Token> tokens;
     std::vector<Tile> tiles;
     std::vector<Largest> parts;
-    std::vector<Shares> shares;                // panels of each matrix, in the order in which they are used
-    std::vector<float> x, qkv, z, hidden, gate;
+    std::vector<Shares> shares;                // panels of each matrix and tiles of each attention, in the order of a pass
+    Memory room;                               // of the next five
+    float *x = nullptr, *qkv = nullptr, *z = nullptr, *hidden = nullptr, *gate = nullptr;
     Ready common;
     std::vector<Ready> own;                    // a thread's
     std::vector<std::vector<float>> scratch;
@@ -141,7 +142,7 @@ struct glass_engine {
         const auto [begin, end] = team.part(int(tokens.size()), thread);
         const int64_t stride = round_up(shape.width, kPanel);
         for (int t = begin; t < end; t++) {
-            float* row = x.data() + t * stride;
+            float* row = x + t * stride;
             embedding_matrix().row(tokens[t].id, row);
             if (const float* place = vector(0, kPosition))
                 for (int i = 0; i < shape.width; i++) row[i] += place[int64_t(tokens[t].position) * shape.width + i];
@@ -166,10 +167,14 @@ struct glass_engine {
     void remember(int thread, int layer, int64_t stride) {
         const int W = shape.head_width, H = shape.heads, G = shape.kv_heads;
         std::vector<float>& row = own[thread].row;
-        for (int item = thread; item < int(tokens.size()) * G; item += team.size()) {
-            const Token& token = tokens[item / G];
-            const int g = item % G;
-            float *q = qkv.data() + (item / G) * stride, *k = q + int64_t(H + g) * W, *v = q + int64_t(H + G + g) * W;
+        const int count = int(tokens.size());
+        const auto [begin, end] = team.part(G * count, thread);
+        for (int item = begin; item < end; item++) {  // token by token of a head: their keys lie side by side
+            const Token& token = tokens[item % count];
+            const int g = item / count;
+            float *q = qkv + (item % count) * stride, *k = q + int64_t(H + g) * W, *v = q + int64_t(H + G + g) * W;
+            for (int j = 0; j < W; j += 16)  // of a later token, as they lie far apart
+                for (const float* later : {k, v}) __builtin_prefetch(later + 4 * stride + j);
             for (int h = g * (H / G); h <= (g + 1) * (H / G); h++) {  // the last one is the key
                 const bool is_key = h == (g + 1) * (H / G);
                 float* head = is_key ? k : q + int64_t(h) * W;
@@ -180,7 +185,7 @@ struct glass_engine {
             for (const float* head : {k, v}) {
                 float scale;
                 int32_t zero;
-                kernels->prepare(cache.format, 1, head, W, W, W, row.data(), &scale, &zero);
+                kernels->prepare(cache.format, 1, head, W, cache.key_inputs(), cache.key_inputs(), row.data(), &scale, &zero);
                 write(cache, token.sequence->data[token.position / kPage], layer, g, token.position, head == k, row.data(), scale);
             }
         }
@@ -190,7 +195,8 @@ struct glass_engine {
     void attend(int thread, int layer, int64_t stride) {
         const int W = shape.head_width, H = shape.heads, G = shape.kv_heads, per_head = H / G, window = layers[layer].window;
         const float* bias = vector(layer, kDistance);
-        for (int item = thread; item < int(tiles.size()) * G; item += team.size()) {
+        Shares& found = shares[own[thread].step++];
+        for (int item; (item = found.take(thread)) >= 0;) {
             const Tile& tile = tiles[item / G];
             const int g = item % G;
             const Sequence& sequence = *tokens[tile.first].sequence;
@@ -199,7 +205,9 @@ struct glass_engine {
             int filled = 0;
             for (int i = 0; i < tile.count * per_head; i++) {
                 const int t = tile.first + i / per_head, h = g * per_head + i % per_head, position = tokens[t].position;
-                queries[filled++] = {qkv.data() + t * stride + int64_t(h) * W, z.data() + (int64_t(t) * H + h) * W, position,
+                const float* q = qkv + t * stride + int64_t(h) * W;
+                for (int j = 0; j < W; j += 16) __builtin_prefetch(q + per_head * W + j);  // the next item's
+                queries[filled++] = {q, z + (int64_t(t) * H + h) * W, position,
                                      window ? std::max(0, position - window + 1) : 0, bias ? bias + int64_t(h) * shape.context : nullptr};
                 if (filled == kQueries || i + 1 == tile.count * per_head) {
                     kernels->attend(pages, queries, filled, shape.scale, scratch[thread].data());
@@ -214,15 +222,15 @@ struct glass_engine {
         const int count = int(tokens.size());
         const Matrix &up = layer.matrices[kUp], &down = layer.matrices[kDown];
         const int64_t wide = round_up(shape.hidden, kPanel);
-        Rows rows = ready(thread, up, x.data(), stride, count, nullptr, vector(index, kNorm2), vector(index, kNorm2Bias));
+        Rows rows = ready(thread, up, x, stride, count, nullptr, vector(index, kNorm2), vector(index, kNorm2Bias));
         panels(thread, [&](int panel) {
-            multiply(up, panel, rows, count, vector(index, kUpBias), hidden.data(), wide, false);
-            if (shape.gated) multiply(layer.matrices[kGate], panel, rows, count, vector(index, kGateBias), gate.data(), wide, false);
+            multiply(up, panel, rows, count, vector(index, kUpBias), hidden, wide, false);
+            if (shape.gated) multiply(layer.matrices[kGate], panel, rows, count, vector(index, kGateBias), gate, wide, false);
             for (int64_t place = panel * kPanel; place < count * wide; place += wide)
-                kernels->activate(Activation(shape.activation), hidden.data() + place, shape.gated ? gate.data() + place : nullptr, kPanel);
+                kernels->activate(Activation(shape.activation), hidden + place, shape.gated ? gate + place : nullptr, kPanel);
         });
-        rows = ready(thread, down, hidden.data(), wide, count);
-        panels(thread, [&](int panel) { multiply(down, panel, rows, count, vector(index, kDownBias), x.data(), stride, true); });
+        rows = ready(thread, down, hidden, wide, count);
+        panels(thread, [&](int panel) { multiply(down, panel, rows, count, vector(index, kDownBias), x, stride, true); });
     }
 
     void pass(int thread, int wanted, const int32_t* chosen, int ids, float* logits, int64_t logits_stride) {
@@ -232,16 +240,16 @@ struct glass_engine {
         for (int index = 0; index < shape.layers; index++) {
             const Layer& layer = layers[index];
             const Matrix &qkv_matrix = layer.matrices[kQkv], &out = layer.matrices[kOut];
-            Rows rows = ready(thread, qkv_matrix, x.data(), stride, count, nullptr, vector(index, kNorm1), vector(index, kNorm1Bias));
-            panels(thread, [&](int panel) { multiply(qkv_matrix, panel, rows, count, vector(index, kQkvBias), qkv.data(), qkv_stride, false); });
+            Rows rows = ready(thread, qkv_matrix, x, stride, count, nullptr, vector(index, kNorm1), vector(index, kNorm1Bias));
+            panels(thread, [&](int panel) { multiply(qkv_matrix, panel, rows, count, vector(index, kQkvBias), qkv, qkv_stride, false); });
             remember(thread, index, qkv_stride);
             attend(thread, index, qkv_stride);
-            rows = ready(thread, out, z.data(), int64_t(shape.heads) * shape.head_width, count);
-            panels(thread, [&](int panel) { multiply(out, panel, rows, count, vector(index, kOutBias), x.data(), stride, true); });
+            rows = ready(thread, out, z, int64_t(shape.heads) * shape.head_width, count);
+            panels(thread, [&](int panel) { multiply(out, panel, rows, count, vector(index, kOutBias), x, stride, true); });
             feed_forward(thread, layer, index, stride);
         }
         if (!wanted) return;
-        const Rows rows = ready(thread, head_matrix(), x.data(), stride, wanted, chosen, vector(0, kFinalNorm), vector(0, kFinalNormBias));
+        const Rows rows = ready(thread, head_matrix(), x, stride, wanted, chosen, vector(0, kFinalNorm), vector(0, kFinalNormBias));
         panels(thread, [&](int panel) { multiply(head_matrix(), panel, rows, wanted, nullptr, logits, logits_stride, false); });
         const int blocks = (shape.vocab + kBlock - 1) / kBlock;
         for (int item = thread; item < wanted * blocks; item += team.size()) {
@@ -275,10 +283,13 @@ struct glass_engine {
 
     void deal() {
         for (Ready& thread : own) thread.step = 0;
-        while (shares.size() < layers.size() * 4 + 1) shares.emplace_back(team.size());
+        while (shares.size() < layers.size() * 5 + 1) shares.emplace_back(team.size());
         size_t step = 0;
-        for (const Layer& layer : layers)
-            for (int name : {kQkv, kOut, kUp, kDown}) shares[step++].deal(layer.matrices[name].panels());
+        for (const Layer& layer : layers) {
+            shares[step++].deal(layer.matrices[kQkv].panels());
+            shares[step++].deal(int(tiles.size()) * shape.kv_heads);
+            for (int name : {kOut, kUp, kDown}) shares[step++].deal(layer.matrices[name].panels());
+        }
         shares[step].deal(head_matrix().panels());
     }
 
@@ -287,23 +298,24 @@ struct glass_engine {
     void prepare_chunk(int longest) {
         const int64_t count = tokens.size();
         auto grow = [](std::vector<float>& v, int64_t size) { if (int64_t(v.size()) < size) v.resize(size); };
-        grow(x, count * round_up(shape.width, kPanel));
-        grow(qkv, count * round_up((shape.heads + 2 * shape.kv_heads) * shape.head_width, kPanel));
-        grow(z, count * shape.heads * shape.head_width);
-        grow(hidden, count * round_up(shape.hidden, kPanel));
-        if (shape.gated) grow(gate, count * round_up(shape.hidden, kPanel));
+        const std::pair<float**, int> parts[] = {{&x, shape.width}, {&qkv, (shape.heads + 2 * shape.kv_heads) * shape.head_width},
+                                                 {&z, shape.heads * shape.head_width}, {&hidden, shape.hidden}, {&gate, shape.gated ? shape.hidden : 0}};
+        int64_t floats = 0;
+        for (const auto& [name, width] : parts) floats += count * round_up(width, kPanel);
+        if (room.bytes() < 4 * floats) room = Memory(4 * floats);
+        float* place = reinterpret_cast<float*>(room.get());
+        for (const auto& [name, width] : parts) *name = place, place += count * round_up(width, kPanel);
         for (auto& s : scratch) grow(s, attend_scratch(longest, shape.head_width));
         auto make_room = [&](const Matrix& matrix) {  // here, and not in the threads: there nobody could say that there is none
             reserve(common, int(count), matrix, shape.planes);
             for (Ready& thread : own) {
                 reserve(thread, std::min<int>(int(count), kAlone), matrix, shape.planes);
-                grow(thread.row, std::max(matrix.K, shape.head_width));
+                grow(thread.row, std::max(matrix.K, cache.key_inputs()));
             }
         };
         make_room(head_matrix());
         for (const Layer& layer : layers)
             for (const Matrix& matrix : layer.matrices) make_room(matrix);
-        deal();
         tiles.clear();
         const int most = std::max(1, kQueries / (shape.heads / shape.kv_heads));
         for (int t = 0; t < count; t++) {
@@ -311,6 +323,7 @@ struct glass_engine {
             if (goes_on) tiles.back().count++;
             else tiles.push_back({t, 1});
         }
+        deal();
     }
 
     void forward(int count, const int32_t* ids_in, const int32_t* texts, int wanted, const int32_t* chosen, int ids, float* logits,

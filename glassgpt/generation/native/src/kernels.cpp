@@ -146,12 +146,14 @@ static Tile tile_of(int rows) {
 template <template <int, int> class Kind, int SUMS>
 static void tiles(const Panel& p, const Rows& rows, int first, int count, const float* bias, float* y, int64_t y_stride, bool accumulate) {
     constexpr int kMost = SUMS / kVectors < 1 ? 1 : SUMS / kVectors;
+    constexpr int kFew = kMost < 4 ? 1 : kMost / 4;  // rows whose products are so few that each would wait for the last: side by side
     const int turns = (count + kMost - 1) / kMost;
-    for (int column = 0, width; column < p.columns; column += width) {
-        width = column + kVectors * L <= p.columns ? kVectors * L : L;
+    for (int column = 0, vectors; column < p.wanted; column += vectors * L) {
+        vectors = count <= kFew && column + 2 * kVectors * L <= p.columns ? 2 * kVectors : column + kVectors * L <= p.columns ? kVectors : 1;
         for (int turn = 0, row = 0, now; turn < turns; turn++, row += now) {
             now = (count - row) / (turns - turn);  // as even as can be
-            const Tile tile = width == L ? tile_of<Kind, kMost, 1>(now) : tile_of<Kind, kMost, kVectors>(now);
+            const Tile tile = vectors == 1 ? tile_of<Kind, kMost, 1>(now) : vectors == kVectors ? tile_of<Kind, kMost, kVectors>(now)
+                                                                                               : tile_of<Kind, kFew, 2 * kVectors>(now);
             tile(p, column, rows, first + row, bias, y + row * y_stride, y_stride, accumulate);
         }
     }
@@ -268,22 +270,22 @@ static void prepare(Format format, int planes, const float* x, int K, int inputs
 // ---- single numbers -----------------------------------------------------------------------------------------------------
 
 // e**x to 1e-7, relative; 0 below -87 (Cephes' polynomial, Moshier 1989). NaN stays NaN.
-static inline float exponential(float x) {
-    float held = x < -87.0f ? -87.0f : x < 88.0f ? x : 88.0f;
-    float n = std::rint(held * 1.442695041f);
-    float r = held - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = (int32_t(n) + 127) * (1 << 23);
-    float power;
-    memcpy(&power, &bits, 4);
-    float value = p * power;
-    return x < -87.0f ? 0.0f : x == x ? value : x;
+static inline F exponential(F x) {
+    const F low = all(-87.0f), high = all(88.0f);
+    F held = low > x ? low : x;
+    held = high < held ? high : held;
+    const F shifted = fma(held, all(1.442695041f), all(12582912.0f));  // 1.5 * 2**23: whole numbers stand in its last bits
+    const F n = shifted - all(12582912.0f);
+    F r = fma(n, all(-0.693359375f), held);
+    r = fma(n, all(2.12194440e-4f), r);
+    F p = fma(all(1.9875691500e-4f), r, all(1.3981999507e-3f));
+    p = fma(p, r, all(8.3334519073e-3f));
+    p = fma(p, r, all(4.1665795894e-2f));
+    p = fma(p, r, all(1.6666665459e-1f));
+    p = fma(p, r, all(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
+    const F power = (F)(((I)shifted << 23) + (127 << 23));
+    return x < low ? F{} : p * power;
 }
 
 static void norm(const float* x, int width, bool rms, float epsilon, const float* weight, const float* bias, float* y) {
@@ -304,32 +306,44 @@ static void norm(const float* x, int width, bool rms, float epsilon, const float
 }
 
 static void activate(Activation kind, float* hidden, const float* gate, int count) {
+    // of whole panels: vectors without a rest
     if (kind == kGelu)  // x / (1 + e**-2u) = 0.5 x (1 + tanh u)
-#pragma omp simd
-        for (int i = 0; i < count; i++) {
-            float x = hidden[i], u = 0.7978845608f * (x + 0.044715f * x * x * x);
-            hidden[i] = x / (1.0f + exponential(-2.0f * u));
+        for (int i = 0; i < count; i += L) {
+            const F x = load(hidden + i), u = 0.7978845608f * fma(x * x, 0.044715f * x, x);
+            store(hidden + i, x / (1.0f + exponential(-2.0f * u)));
         }
     else if (kind == kRelu2)
-#pragma omp simd
-        for (int i = 0; i < count; i++) hidden[i] = hidden[i] < 0 ? 0.0f : hidden[i] * hidden[i];
+        for (int i = 0; i < count; i += L) {
+            const F x = load(hidden + i);
+            store(hidden + i, x < 0 ? F{} : x * x);
+        }
     else
-#pragma omp simd
-        for (int i = 0; i < count; i++) hidden[i] = gate[i] / (1.0f + exponential(-gate[i])) * hidden[i];
+        for (int i = 0; i < count; i += L) {
+            const F x = load(gate + i);
+            store(hidden + i, x / (1.0f + exponential(-x)) * load(hidden + i));
+        }
 }
 
 static void largest(const float* x, int n, int32_t* best, float* maximum, float* total) {
-    float most = -std::numeric_limits<float>::infinity(), sum = 0;
+    const float none = -std::numeric_limits<float>::infinity();
+    float most = none;
 #pragma omp simd reduction(max : most)
     for (int i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) sum += exponential(x[i] - most);
+    F sums[4] = {};
+    for (int i = 0, c = 0; i < n; i += L, c = (c + 1) % 4) {
+        F part = all(none);
+        if (i + L <= n) part = load(x + i);
+        else memcpy(&part, x + i, 4 * (n - i));
+        sums[c] += exponential(part - most);
+    }
+    const F sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    *total = 0;  // NaN if any x is
+    for (int i = 0; i < L; i++) *total += sum[i];
     int32_t place = std::numeric_limits<int32_t>::max();
 #pragma omp simd reduction(min : place)
     for (int i = 0; i < n; i++) place = x[i] == most && i < place ? i : place;
     *best = place < n ? place : 0;  // no number at all: any will do
     *maximum = most;
-    *total = sum;  // NaN if any x is
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------------
@@ -345,7 +359,7 @@ static float exponentials(float* s, const Query& query, float scale, int begin, 
         for (int i = query.first; i <= query.position; i++) s[i] = s[i] * scale + query.bias[query.position - i];
         scale = 1.0f;
     }
-    F most_of[4] = {all(none), all(none), all(none), all(none)};
+    F most_of[4] = {all(none), all(none), all(none), all(none)}, sums[4] = {};
     for (int i = begin; i < end; i += 4 * L)
         for (int j = 0; j < 4; j++) {
             F score = load(s + i + j * L);
@@ -354,12 +368,14 @@ static float exponentials(float* s, const Query& query, float scale, int begin, 
     float most = none, sum = 0;
     for (int j = 0; j < 4; j++)
         for (int i = 0; i < L; i++) most = most_of[j][i] > most ? most_of[j][i] : most;
-    float* from = s + begin;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < (end - begin) / kPage * kPage; i++) {
-        from[i] = exponential((from[i] - most) * scale);
-        sum += from[i];
-    }
+    for (int i = begin; i < end; i += 4 * L)
+        for (int j = 0; j < 4; j++) {
+            const F share = exponential((load(s + i + j * L) - most) * scale);
+            store(s + i + j * L, share);
+            sums[j] += share;
+        }
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < L; i++) sum += sums[j][i];
     return sum;
 }
 
@@ -386,7 +402,8 @@ static void attend(const Pages& cache, const Query* queries, int count, float sc
     Rows rows = {ready, key_inputs, planes, row_scale, zeros};
     for (int page = first_page; page < end_page; page++) {
         const uint8_t* data = cache.pages[page];
-        Panel keys = {cache.format, kPage, 1, key_inputs, data + cache.key_offset,
+        const int used = last + 1 - page * kPage < kPage ? last + 1 - page * kPage : kPage;
+        Panel keys = {cache.format, kPage, used, 1, key_inputs, data + cache.key_offset,
                       cache.format == kInt8 ? (const float*)(data + cache.key_scale_offset) : nullptr};
         multiply(keys, rows, 0, count, nullptr, scores + page * kPage, end, false);
     }
@@ -402,7 +419,8 @@ static void attend(const Pages& cache, const Query* queries, int count, float sc
                 row_scale + i, zeros + int64_t(i) * planes * pages);
     }
     for (int page = first_page; page < end_page; page++) {
-        Panel values = {cache.format, cache.padded_width, 1, kPage, cache.pages[page] + cache.value_offset, nullptr};
+        const int used = last + 1 - page * kPage < kPage ? last + 1 - page * kPage : kPage;
+        Panel values = {cache.format, cache.padded_width, cache.padded_width, 1, round_up(used, 4), cache.pages[page] + cache.value_offset, nullptr};
         const int64_t skipped = int64_t(page - first_page) * kPage;
         int32_t page_zeros[kQueries * 2];
         if (cache.format == kInt8)

@@ -27,6 +27,7 @@ enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 struct Panel {
     Format format;
     int columns;              // outputs that lie side by side: 32, a page's positions or a head's width
+    int wanted;               // so many of them are made, or a few more
     int groups;               // along K
     int group_inputs;         // inputs that share a scale; all (padded) where there is one group
     const uint8_t* data;
@@ -83,7 +84,7 @@ struct Kernels {
     uint64_t (*read)(const uint8_t*, int64_t bytes);
 };
 
-constexpr int kQueries = 6;  // of one call of `attend`
+constexpr int kQueries = 12;  // of one call of `attend`
 
 // Floats of scratch that `attend` needs for sequences of up to `positions`.
 static inline int64_t attend_scratch(int64_t positions, int64_t head_width) {
