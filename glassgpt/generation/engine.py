@@ -44,7 +44,6 @@ def fit(ids: Sequence[int], context_tokens: int, keep_tokens: int | None = None)
     return list(ids)[-keep_tokens:]
 
 
-@torch.inference_mode()
 def stream(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -71,7 +70,7 @@ def stream(
     try:
         scores = read(runner, prompts)
         while rows:
-            drawn = drawn_from(scores, sampling, history, [generators[row] for row in rows])  # (B,)
+            drawn = drawn_from(scores, sampling, history, [generators[row] for row in rows])
             step += 1
             tokens = as_tokens(rows, drawn, scores, n_top)
             yield from tokens
@@ -101,31 +100,30 @@ def read(runner: Runner, prompts: Sequence[Sequence[int]]) -> Scores:
     return scores.of(sources)
 
 
-def drawn_from(scores: Scores, sampling: Sampling, history: History | None, generators: list[torch.Generator]) -> Tensor:
-    """The next token (B,) of each row. The likeliest, without penalties, needs no pass over the vocabulary."""
+def drawn_from(scores: Scores, sampling: Sampling, history: History | None, generators: list[torch.Generator]) -> list[int]:
+    """The next token of each row. The likeliest, without penalties, needs no pass over the vocabulary."""
     if sampling.temperature == 0 and history is None:
         return scores.best
-    logits = penalised(scores.logits, sampling, history.seen, history.written) if history else scores.logits
-    return choose(logits, sampling, generators)
+    with torch.inference_mode():  # not around `stream`: to enter it for each token would take longer than all of a greedy step
+        logits = penalised(scores.logits, sampling, history.seen, history.written) if history else scores.logits
+        return choose(logits, sampling, generators).tolist()
 
 
-def as_tokens(rows: Sequence[int], drawn: Tensor, scores: Scores, n_top: int) -> list[Token]:
-    """What was drawn (n,), with its log-probability under the model. Raises UserError for scores that are not numbers."""
+def as_tokens(rows: Sequence[int], drawn: Sequence[int], scores: Scores, n_top: int) -> list[Token]:
+    """What was drawn, in order, with its log-probability under the model. Raises UserError for scores that are no numbers."""
     totals = numbers(scores)
-    chosen = scores.logits.gather(-1, drawn[:, None]).squeeze(-1).tolist()
     tops = _likeliest(scores.logits, totals, n_top) if n_top else [()] * len(totals)
     return [
         Token(row, token_id, logit - total, top)
-        for row, token_id, logit, total, top in zip(rows, drawn.tolist(), chosen, totals, tops, strict=True)
+        for row, token_id, logit, total, top in zip(rows, drawn, scores.logits_of(drawn), totals, tops, strict=True)
     ]
 
 
 def numbers(scores: Scores) -> list[float]:
     """`log_total` as numbers. Raises UserError where it is none, as it is wherever a logit is none."""
-    totals: list[float] = scores.log_total.tolist()
-    if any(map(math.isnan, totals)):
+    if any(map(math.isnan, scores.log_total)):
         raise UserError("the model's logits are not numbers (NaN): its weights are damaged, or its training had diverged")
-    return totals
+    return scores.log_total
 
 
 def _likeliest(logits: Tensor, totals: Sequence[float], n_top: int) -> list[tuple[tuple[int, float], ...]]:
@@ -149,10 +147,11 @@ class History:
     def matters(sampling: Sampling) -> bool:
         return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
 
-    def add(self, drawn: Tensor) -> None:
-        """Count one new token (B,) a row."""
-        self.seen.scatter_(1, drawn[:, None], True)
-        self.written.scatter_add_(1, drawn[:, None], torch.ones_like(drawn[:, None], dtype=self.written.dtype))
+    def add(self, drawn: Sequence[int]) -> None:
+        """Count one new token a row."""
+        ids = torch.tensor(drawn, device=self.seen.device)[:, None]  # (B, 1)
+        self.seen.scatter_(1, ids, True)
+        self.written.scatter_add_(1, ids, torch.ones_like(ids, dtype=self.written.dtype))
 
     def keep(self, rows: Sequence[int]) -> None:
         rows = list(rows)

@@ -16,32 +16,38 @@ from glassgpt.model import GPT
 
 
 class Scores:
-    """What may follow n places. `best` and `log_total` are computed when they are asked for, unless the runner has them."""
+    """What may follow n places. What a runner has not computed is computed when it is asked for."""
 
-    def __init__(self, logits: Tensor, best: Tensor | None = None, log_total: Tensor | None = None) -> None:
+    def __init__(self, logits: Tensor, best: list[int] | None = None, log_total: list[float] | None = None) -> None:
         self.logits = logits
         """(n, V), of the ids that can be drawn; float32 or longer."""
         self._best, self._log_total = best, log_total
 
     @property
-    def best(self) -> Tensor:
-        """The likeliest id (n,); the first of equals."""
+    def best(self) -> list[int]:
+        """The likeliest id of each place; the first of equals."""
         if self._best is None:
-            self._best = self.logits.argmax(-1)
+            self._best = self.logits.argmax(-1).tolist()
         return self._best
 
     @property
-    def log_total(self) -> Tensor:
-        """log of the sum of exp(logits) (n,): a log-probability is a logit less this. NaN where a logit is."""
+    def log_total(self) -> list[float]:
+        """log of the sum of exp(logits) at each place: a log-probability is a logit less this. NaN where a logit is."""
         if self._log_total is None:
-            self._log_total = self.logits.logsumexp(-1)
+            self._log_total = self.logits.logsumexp(-1).tolist()
         return self._log_total
+
+    def logits_of(self, ids: Sequence[int]) -> list[float]:
+        """The logit of one id at each place."""
+        index = torch.tensor(ids, device=self.logits.device)[:, None]
+        found: list[float] = self.logits.gather(-1, index).squeeze(-1).tolist()
+        return found
 
     def of(self, places: Sequence[int]) -> Scores:
         """Those of these places, in this order."""
-        index = torch.tensor(places, device=self.logits.device)
-        best, log_total = (None if x is None else x[index] for x in (self._best, self._log_total))
-        return Scores(self.logits[index], best, log_total)
+        logits = self.logits[torch.tensor(places, device=self.logits.device)]
+        best, log_total = self._best, self._log_total
+        return Scores(logits, best and [best[i] for i in places], log_total and [log_total[i] for i in places])
 
 
 class Runner(Protocol):

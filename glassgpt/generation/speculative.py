@@ -52,7 +52,6 @@ class Guesses:
         return Lookup(self.lookup) if self.draft is None else Draft(self.draft, sampling, n_ids)
 
 
-@torch.inference_mode()
 def stream(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -123,13 +122,13 @@ class Writer:
         while True:
             scores = self._runner.feed([fed], every=bool(text.written))
             self._counts.passes += 1
-            chosen = self._checked(scores, text, guess)  # (accepted + 1,)
+            chosen = self._checked(scores, text, guess)
             accepted = len(chosen) - 1
             self._counts.proposed += len(guess.ids)
             self._counts.accepted += accepted
             places = list(range(len(chosen)))
             yield from as_tokens([self._row] * len(chosen), chosen, scores.of(places), self._n_top)
-            text.written.extend(chosen.tolist())
+            text.written.extend(chosen)
             left = room - len(text.written)
             if left == 0:
                 return
@@ -141,27 +140,28 @@ class Writer:
             guess = self._proposer.propose(text, min(count, left - 1), self._generator)
             fed = [text.written[-1], *guess.ids]
 
-    def _checked(self, scores: Scores, text: Text, guess: Proposal) -> Tensor:
-        """The guesses that are accepted, and the token after them (accepted + 1,)."""
+    def _checked(self, scores: Scores, text: Text, guess: Proposal) -> list[int]:
+        """The guesses that are accepted, and the token after them."""
         if self._sampling.temperature == 0:
             return likeliest(scores, self._sampling, text, guess.ids)
-        logits = after_penalties(scores, self._sampling, text, guess.ids)  # (guesses + 1, V)
-        return checked(lambda place: distribution(logits[place, None], self._sampling)[0], guess, self._generator)
+        with torch.inference_mode():
+            logits = after_penalties(scores, self._sampling, text, guess.ids)  # (guesses + 1, V)
+            return checked(lambda place: distribution(logits[place, None], self._sampling)[0], guess, self._generator)
 
 
-def likeliest(scores: Scores, sampling: Sampling, text: Text, guesses: Sequence[int]) -> Tensor:
+def likeliest(scores: Scores, sampling: Sampling, text: Text, guesses: Sequence[int]) -> list[int]:
     """The likeliest tokens, up to the first that was not guessed, which is right all the same."""
     logits = after_penalties(scores, sampling, text, guesses)
-    best = scores.best if logits is scores.logits else logits.argmax(-1)  # (guesses + 1,)
+    best = scores.best if logits is scores.logits else logits.argmax(-1).tolist()  # guesses + 1
     right = 0
-    for guess, token_id in zip(guesses, best.tolist(), strict=False):
+    for guess, token_id in zip(guesses, best, strict=False):
         if guess != token_id:
             break
         right += 1
     return best[: right + 1]
 
 
-def checked(p: Callable[[int], Tensor], guess: Proposal, generator: torch.Generator) -> Tensor:
+def checked(p: Callable[[int], Tensor], guess: Proposal, generator: torch.Generator) -> list[int]:
     """Guesses drawn from q, accepted or replaced so that what comes out is distributed as p (V,) of its place.
 
     Guess x is accepted with probability min(1, p(x) / q(x)); the first that is not gives way to a draw from max(0, p - q), which
@@ -175,8 +175,8 @@ def checked(p: Callable[[int], Tensor], guess: Proposal, generator: torch.Genera
         if float(u) * float(q[token_id]) >= float(target[token_id]):
             more = (target - q).clamp(min=0)
             instead = more if bool(more.any()) else target  # p and q differ by rounding alone
-            return _joined(guess.ids[:place], draw(instead[None], [generator]))
-    return _joined(guess.ids, draw(p(len(guess.ids))[None], [generator]))
+            return [*guess.ids[:place], *draw(instead[None], [generator]).tolist()]
+    return [*guess.ids, *draw(p(len(guess.ids))[None], [generator]).tolist()]
 
 
 def certain(token_id: int, like: Tensor) -> Tensor:
@@ -184,7 +184,3 @@ def certain(token_id: int, like: Tensor) -> Tensor:
     q = torch.zeros_like(like)
     q[token_id] = 1.0
     return q
-
-
-def _joined(accepted: Sequence[int], last: Tensor) -> Tensor:
-    return torch.cat([torch.tensor(accepted, dtype=last.dtype, device=last.device), last])

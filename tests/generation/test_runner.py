@@ -66,13 +66,13 @@ def test_scores_after_the_last_token_and_after_every_one(model: GPT) -> None:
 def test_best_and_log_total(model: GPT) -> None:
     scores = PlainRunner(model, n_ids=11).feed([text(5), text(7)], every=True)
     assert scores.logits.shape == (12, 11)
-    assert torch.equal(scores.best, scores.logits.argmax(-1))
-    assert torch.allclose(scores.log_total, scores.logits.exp().sum(-1).log(), atol=EXACT)
+    assert scores.best == scores.logits.argmax(-1).tolist()
+    assert torch.allclose(torch.tensor(scores.log_total).double(), scores.logits.exp().sum(-1).log().double(), atol=EXACT)
     some = scores.of([3, 0, 3])
-    assert torch.equal(some.best, scores.best[[3, 0, 3]])
+    assert some.best == [scores.best[i] for i in (3, 0, 3)]
     assert torch.equal(some.logits, scores.logits[[3, 0, 3]])
-    given = Scores(torch.zeros(2, 3), torch.tensor([1, 2]), torch.tensor([5.0, 6.0]))
-    assert (given.best.tolist(), given.log_total.tolist()) == ([1, 2], [5.0, 6.0])  # not computed again
+    given = Scores(torch.zeros(2, 3), [1, 2], [5.0, 6.0])
+    assert (given.best, given.log_total) == ([1, 2], [5.0, 6.0])  # not computed again
 
 
 @pytest.mark.parametrize("rows", [[2, 0], [1], [1, 1, 2], [0, 1, 2]])

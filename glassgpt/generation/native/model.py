@@ -86,7 +86,8 @@ class NativeRunner:
         self._stride = -(-model.config.vocab_size // PANEL) * PANEL
         self._rows: list[int] = []  # the engine's numbers of them
         self._lengths: list[int] = []
-        self._room = torch.empty(0, self._stride)
+        self._room = torch.empty(0, self._stride)  # for logits: fresh memory for each token would cost a twentieth of its time
+        self._last: _Pass | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -100,35 +101,31 @@ class NativeRunner:
         longest = max(length + len(ids) for length, ids in zip(self._lengths, tokens, strict=True))
         if longest > self.config.context_tokens:
             raise UserError(f"context is {self.config.context_tokens} tokens; got {longest} (shorten the input)")
-        flat = [token for ids in tokens for token in ids]
-        texts = [row for row, ids in zip(self._rows, tokens, strict=True) for _ in ids]
-        ends = accumulate(map(len, tokens))
-        wanted = list(range(len(flat))) if every else [end - 1 for end, ids in zip(ends, tokens, strict=True) if ids]
-        if self._room.size(0) < len(wanted):  # fresh memory for each token would cost a twentieth of its time
-            self._room = torch.empty(len(wanted), self._stride)  # (n, V padded)
-        logits, ints = self._room[: len(wanted)], packing.as_ints
-        best, log_total = torch.empty(len(wanted), dtype=torch.int32), torch.empty(len(wanted))
-        result = self._lib.glass_forward(
-            *(self._engine, len(flat), ints(flat), ints(texts), len(wanted), ints(wanted), self._n_ids),
-            *(logits.data_ptr(), self._stride, best.data_ptr(), log_total.data_ptr()),
-        )
+        counts = [len(ids) for ids in tokens]
+        if self._last is None or self._last.counts != (counts, every):
+            wanted = sum(counts) if every else sum(count > 0 for count in counts)
+            if self._room.size(0) < wanted:
+                self._room = torch.empty(wanted, self._stride)
+            self._last = _Pass(self._rows, counts, every, self._room[:wanted], self._n_ids)
+        self._last.tokens[:] = [token for ids in tokens for token in ids]
+        result = self._lib.glass_forward(self._engine, *self._last.arguments)
         if result < 0 and b"bad_alloc" in self._lib.glass_error():
             raise UserError("not enough memory for the keys and values; write fewer or shorter texts, or use --cache int8")
         checked(self._lib, result)
-        self._lengths = [length + len(ids) for length, ids in zip(self._lengths, tokens, strict=True)]
-        return Scores(logits[:, : self._n_ids], best.long(), log_total)
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        return self._last.scores()
 
     def fork(self, rows: Sequence[int]) -> None:
         """Row i becomes a copy of row rows[i]; copies share the cache of what they have in common."""
         copies = [checked(self._lib, self._lib.glass_sequence_fork(self._engine, self._rows[row])) for row in rows]
         lengths = [self._lengths[row] for row in rows]
         self.close()
-        self._rows, self._lengths = copies, lengths
+        self._rows, self._lengths, self._last = copies, lengths, None
 
     def keep(self, rows: Sequence[int]) -> None:
         for number in set(range(len(self._rows))) - set(rows):
             checked(self._lib, self._lib.glass_sequence_free(self._engine, self._rows[number]))
-        self._rows, self._lengths = [self._rows[row] for row in rows], [self._lengths[row] for row in rows]
+        self._rows, self._lengths, self._last = [self._rows[row] for row in rows], [self._lengths[row] for row in rows], None
 
     def rewind(self, lengths: Sequence[int]) -> None:
         for row, length in zip(self._rows, lengths, strict=True):
@@ -142,3 +139,41 @@ class NativeRunner:
 
     def __del__(self) -> None:
         self.close()
+
+
+class _Pass:
+    """The arguments of a forward pass, and the memory of its results.
+
+    The next pass of the same shape takes them again: while one token follows another, what Python does between two of them is a
+    good part of their time, as the weights have pushed it out of every cache.
+    """
+
+    def __init__(self, texts: Sequence[int], counts: list[int], every: bool, room: torch.Tensor, n_ids: int) -> None:
+        """`texts` are the engine's numbers of the rows, which get `counts` tokens each; `room` (n, V padded) is for logits."""
+        self.counts = (counts, every)
+        count = sum(counts)
+        ends = accumulate(counts)
+        wanted = list(range(count)) if every else [end - 1 for end, n in zip(ends, counts, strict=True) if n]
+        self.tokens = (ctypes.c_int32 * count)()
+        self._logits, self._stride = room[:, :n_ids], room.stride(0)  # (n, V)
+        self._numbers = (ctypes.c_float * room.numel()).from_address(room.data_ptr()) if wanted else None
+        self._best, self._log_total = (ctypes.c_int32 * len(wanted))(), (ctypes.c_float * len(wanted))()
+        of_tokens = [text for text, n in zip(texts, counts, strict=True) for _ in range(n)]
+        self.arguments = (
+            *(count, self.tokens, packing.as_ints(of_tokens), len(wanted), packing.as_ints(wanted), n_ids),
+            *(room.data_ptr(), room.stride(0), self._best, self._log_total),
+        )
+
+    def scores(self) -> Scores:
+        return _Scores(self._logits, self._best[:], self._log_total[:], self._numbers, self._stride)
+
+
+class _Scores(Scores):
+    """Reads single logits from memory."""
+
+    def __init__(self, logits: torch.Tensor, best: list[int], log_total: list[float], numbers: Any, stride: int) -> None:
+        super().__init__(logits, best, log_total)
+        self._numbers, self._stride = numbers, stride
+
+    def logits_of(self, ids: Sequence[int]) -> list[float]:
+        return [self._numbers[place * self._stride + token_id] for place, token_id in enumerate(ids)]
