@@ -21,7 +21,7 @@ struct CacheShape {
     // Where the parts of a head lie in a page: keys, values, then their scales.
     Pages pages(int layer, int head, const uint8_t* const* pages) const {
         const int64_t start = (int64_t(layer) * heads + head) * head_bytes(), scales = start + key_bytes() + value_bytes();
-        return {format, width, padded_width(), pages, start, start + key_bytes(), scales, scales + 4 * kPage};
+        return {format, width, padded_width(), pages, start, start + key_bytes(), start + head_bytes(), scales, scales + 4 * kPage};
     }
 };
 

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -20,7 +21,7 @@ const Kernels* find_kernels(const char* name);  // dispatch.cpp
 namespace {
 
 constexpr int kChunk = 512;  // tokens that go through the layers together: what they need stays near
-constexpr int kBlock = 4096;  // logits that are looked through together
+constexpr int kBlock = 512;  // logits that are made by one thread and looked through while they are near; whole panels
 constexpr int kAlone = 4;    // up to so many rows, each thread makes all of them ready for itself: cheaper than to meet
 
 [[noreturn]] void fail(const std::string& why) { throw std::runtime_error(why); }
@@ -45,8 +46,7 @@ struct Token {
     int position;
 };
 
-struct Largest {  // of a block of logits
-    int32_t best;
+struct LogSum {  // of a block of logits
     float maximum, total;
 };
 
@@ -73,7 +73,8 @@ struct glass_engine {
     // What a chunk of tokens goes through: (tokens, ...)
     std::vector<Token> tokens;
     std::vector<Tile> tiles;
-    std::vector<Largest> parts;
+    bool strangers = false;                    // each token is of another sequence
+    std::vector<LogSum> parts;
     std::vector<Shares> shares;                // panels of each matrix and tiles of each attention, in the order of a pass
     Memory room;                               // of the next five
     float *x = nullptr, *qkv = nullptr, *z = nullptr, *hidden = nullptr, *gate = nullptr;
@@ -130,11 +131,11 @@ struct glass_engine {
         kernels->multiply(matrix.panel(panel), rows, 0, count, bias ? bias + panel * kPanel : nullptr, y + panel * kPanel, stride, add);
     }
 
-    // The panels of the next matrix that fall to this thread.
+    // work(item) for the items of the next share that fall to this thread.
     template <class Work>
-    void panels(int thread, Work work) {
+    void each(int thread, Work work) {
         Shares& found = shares[own[thread].step++];
-        for (int panel; (panel = found.take(thread)) >= 0;) work(panel);
+        for (int item; (item = found.take(thread)) >= 0;) work(item);
         team.barrier();
     }
 
@@ -163,59 +164,61 @@ struct glass_engine {
         }
     }
 
-    // Queries and keys normed and turned; keys and values put into the cache.
-    void remember(int thread, int layer, int64_t stride) {
+    // Of one token, and one head of keys with its queries: normed and turned; key and value put into the cache.
+    void remember(int thread, int layer, int t, int g, int64_t stride) {
         const int W = shape.head_width, H = shape.heads, G = shape.kv_heads;
         std::vector<float>& row = own[thread].row;
-        const int count = int(tokens.size());
-        const auto [begin, end] = team.part(G * count, thread);
-        for (int item = begin; item < end; item++) {  // token by token of a head: their keys lie side by side
-            const Token& token = tokens[item % count];
-            const int g = item / count;
-            float *q = qkv + (item % count) * stride, *k = q + int64_t(H + g) * W, *v = q + int64_t(H + G + g) * W;
-            for (int j = 0; j < W; j += 16)  // of a later token, as they lie far apart
-                for (const float* later : {k, v}) __builtin_prefetch(later + 4 * stride + j);
-            for (int h = g * (H / G); h <= (g + 1) * (H / G); h++) {  // the last one is the key
-                const bool is_key = h == (g + 1) * (H / G);
-                float* head = is_key ? k : q + int64_t(h) * W;
-                if (const float* weight = vector(layer, is_key ? kKeyNorm : kQueryNorm))
-                    norm(head, W, weight, vector(layer, is_key ? kKeyNormBias : kQueryNormBias), head);
-                if (vector(0, kCosine)) turn(head, token.position);
-            }
-            for (const float* head : {k, v}) {
-                float scale;
-                int32_t zero;
-                kernels->prepare(cache.format, 1, head, W, cache.key_inputs(), cache.key_inputs(), row.data(), &scale, &zero);
-                write(cache, token.sequence->data[token.position / kPage], layer, g, token.position, head == k, row.data(), scale);
-            }
+        float *q = qkv + t * stride, *k = q + int64_t(H + g) * W, *v = q + int64_t(H + G + g) * W;
+        for (int h = g * (H / G); h <= (g + 1) * (H / G); h++) {  // the last one is the key
+            const bool is_key = h == (g + 1) * (H / G);
+            float* head = is_key ? k : q + int64_t(h) * W;
+            if (const float* weight = vector(layer, is_key ? kKeyNorm : kQueryNorm))
+                norm(head, W, weight, vector(layer, is_key ? kKeyNormBias : kQueryNormBias), head);
+            if (vector(0, kCosine)) turn(head, tokens[t].position);
         }
-        team.barrier();
+        for (const float* head : {k, v}) {
+            float scale;
+            int32_t zero;
+            kernels->prepare(cache.format, 1, head, W, cache.key_inputs(), cache.key_inputs(), row.data(), &scale, &zero);
+            write(cache, tokens[t].sequence->data[tokens[t].position / kPage], layer, g, tokens[t].position, head == k, row.data(), scale);
+        }
     }
 
-    void attend(int thread, int layer, int64_t stride) {
-        const int W = shape.head_width, H = shape.heads, G = shape.kv_heads, per_head = H / G, window = layers[layer].window;
+    void attend(int thread, int layer, const Tile& tile, int g, int64_t stride) {
+        const int W = shape.head_width, H = shape.heads, per_head = H / shape.kv_heads, window = layers[layer].window;
         const float* bias = vector(layer, kDistance);
-        Shares& found = shares[own[thread].step++];
-        for (int item; (item = found.take(thread)) >= 0;) {
-            const Tile& tile = tiles[item / G];
-            const int g = item % G;
-            const Sequence& sequence = *tokens[tile.first].sequence;
-            const Pages pages = cache.pages(layer, g, sequence.data.data());
-            Query queries[kQueries];
-            int filled = 0;
-            for (int i = 0; i < tile.count * per_head; i++) {
-                const int t = tile.first + i / per_head, h = g * per_head + i % per_head, position = tokens[t].position;
-                const float* q = qkv + t * stride + int64_t(h) * W;
-                for (int j = 0; j < W; j += 16) __builtin_prefetch(q + per_head * W + j);  // the next item's
-                queries[filled++] = {q, z + (int64_t(t) * H + h) * W, position,
-                                     window ? std::max(0, position - window + 1) : 0, bias ? bias + int64_t(h) * shape.context : nullptr};
-                if (filled == kQueries || i + 1 == tile.count * per_head) {
-                    kernels->attend(pages, queries, filled, shape.scale, scratch[thread].data());
-                    filled = 0;
-                }
+        const Pages pages = cache.pages(layer, g, tokens[tile.first].sequence->data.data());
+        Query queries[kQueries];
+        int filled = 0;
+        for (int i = 0; i < tile.count * per_head; i++) {
+            const int t = tile.first + i / per_head, h = g * per_head + i % per_head, position = tokens[t].position;
+            const float* q = qkv + t * stride + int64_t(h) * W;
+            for (int j = 0; j < W; j += 16) __builtin_prefetch(q + per_head * W + j);  // the next head's
+            queries[filled++] = {q, z + (int64_t(t) * H + h) * W, position, window ? std::max(0, position - window + 1) : 0,
+                                 bias ? bias + int64_t(h) * shape.context : nullptr};
+            if (filled == kQueries || i + 1 == tile.count * per_head) {
+                kernels->attend(pages, queries, filled, shape.scale, scratch[thread].data());
+                filled = 0;
             }
         }
-        team.barrier();
+    }
+
+    // Attention of all tokens and heads.
+    void look_back(int thread, int layer, int64_t stride) {
+        const int count = int(tokens.size()), G = shape.kv_heads;
+        if (!strangers) {  // some look at others of this chunk: all must be remembered before
+            const auto [begin, end] = team.part(G * count, thread);
+            for (int item = begin; item < end; item++) {  // token by token of a head: their keys lie side by side
+                const float* later = qkv + (item + 4) % count * stride + (shape.heads + item / count) * shape.head_width;
+                for (int j = 0; j < shape.head_width; j += 16) __builtin_prefetch(later + j), __builtin_prefetch(later + G * shape.head_width + j);
+                remember(thread, layer, item % count, item / count, stride);
+            }
+            team.barrier();
+        }
+        each(thread, [&](int item) {
+            if (strangers) remember(thread, layer, tiles[item / G].first, item % G, stride);
+            attend(thread, layer, tiles[item / G], item % G, stride);
+        });
     }
 
     void feed_forward(int thread, const Layer& layer, int index, int64_t stride) {
@@ -223,14 +226,14 @@ struct glass_engine {
         const Matrix &up = layer.matrices[kUp], &down = layer.matrices[kDown];
         const int64_t wide = round_up(shape.hidden, kPanel);
         Rows rows = ready(thread, up, x, stride, count, nullptr, vector(index, kNorm2), vector(index, kNorm2Bias));
-        panels(thread, [&](int panel) {
+        each(thread, [&](int panel) {
             multiply(up, panel, rows, count, vector(index, kUpBias), hidden, wide, false);
             if (shape.gated) multiply(layer.matrices[kGate], panel, rows, count, vector(index, kGateBias), gate, wide, false);
             for (int64_t place = panel * kPanel; place < count * wide; place += wide)
                 kernels->activate(Activation(shape.activation), hidden + place, shape.gated ? gate + place : nullptr, kPanel);
         });
         rows = ready(thread, down, hidden, wide, count);
-        panels(thread, [&](int panel) { multiply(down, panel, rows, count, vector(index, kDownBias), x, stride, true); });
+        each(thread, [&](int panel) { multiply(down, panel, rows, count, vector(index, kDownBias), x, stride, true); });
     }
 
     void pass(int thread, int wanted, const int32_t* chosen, int ids, float* logits, int64_t logits_stride) {
@@ -241,42 +244,43 @@ struct glass_engine {
             const Layer& layer = layers[index];
             const Matrix &qkv_matrix = layer.matrices[kQkv], &out = layer.matrices[kOut];
             Rows rows = ready(thread, qkv_matrix, x, stride, count, nullptr, vector(index, kNorm1), vector(index, kNorm1Bias));
-            panels(thread, [&](int panel) { multiply(qkv_matrix, panel, rows, count, vector(index, kQkvBias), qkv, qkv_stride, false); });
-            remember(thread, index, qkv_stride);
-            attend(thread, index, qkv_stride);
+            each(thread, [&](int panel) { multiply(qkv_matrix, panel, rows, count, vector(index, kQkvBias), qkv, qkv_stride, false); });
+            look_back(thread, index, qkv_stride);
             rows = ready(thread, out, z, int64_t(shape.heads) * shape.head_width, count);
-            panels(thread, [&](int panel) { multiply(out, panel, rows, count, vector(index, kOutBias), x, stride, true); });
+            each(thread, [&](int panel) { multiply(out, panel, rows, count, vector(index, kOutBias), x, stride, true); });
             feed_forward(thread, layer, index, stride);
         }
         if (!wanted) return;
         const Rows rows = ready(thread, head_matrix(), x, stride, wanted, chosen, vector(0, kFinalNorm), vector(0, kFinalNormBias));
-        panels(thread, [&](int panel) { multiply(head_matrix(), panel, rows, wanted, nullptr, logits, logits_stride, false); });
         const int blocks = (shape.vocab + kBlock - 1) / kBlock;
-        for (int item = thread; item < wanted * blocks; item += team.size()) {
-            const int begin = item % blocks * kBlock, end = std::min(shape.vocab, begin + kBlock);
-            float* row = logits + item / blocks * logits_stride;
-            if (shape.logit_cap > 0)
-                for (int n = begin; n < end; n++) row[n] = shape.logit_cap * std::tanh(row[n] / shape.logit_cap);
-            Largest& part = parts[item] = {begin, -std::numeric_limits<float>::infinity(), 0};
-            if (begin < ids) {
-                kernels->largest(row + begin, std::min(end, ids) - begin, &part.best, &part.maximum, &part.total);
-                part.best += begin;
+        each(thread, [&](int block) {
+            const int begin = block * kBlock, end = std::min(shape.vocab, begin + kBlock), seen = std::min(end, ids);
+            for (int panel = begin / kPanel; panel * kPanel < end; panel++)
+                multiply(head_matrix(), panel, rows, wanted, nullptr, logits, logits_stride, false);
+            for (int r = 0; r < wanted; r++) {
+                float* row = logits + r * logits_stride;
+                if (shape.logit_cap > 0)
+                    for (int n = begin; n < end; n++) row[n] = shape.logit_cap * std::tanh(row[n] / shape.logit_cap);
+                LogSum& part = parts[r * blocks + block] = {-std::numeric_limits<float>::infinity(), 0};
+                if (begin < seen) kernels->log_sum(row + begin, seen - begin, &part.maximum, &part.total);
             }
-        }
+        });
     }
 
-    // Of the blocks of each row: the first largest logit, and log of the sum of all exponentials.
-    void conclude(int wanted, int32_t* best, float* log_total) const {
+    // Of the logits of each row and what is known of their blocks: the first largest one, and log of the sum of all exponentials.
+    void conclude(int wanted, int ids, const float* logits, int64_t stride, int32_t* best, float* log_total) const {
         const int blocks = (shape.vocab + kBlock - 1) / kBlock;
-        for (int r = 0; r < wanted; r++) {
-            const Largest* row = parts.data() + r * blocks;
-            const Largest* top = row;
+        for (int r = 0; r < wanted; r++, logits += stride) {
+            const LogSum* row = parts.data() + r * blocks;
+            const LogSum* top = row;
             float total = 0;
             for (int b = 1; b < blocks; b++)
                 if (row[b].maximum > top->maximum) top = row + b;
             for (int b = 0; b < blocks; b++)
                 if (row[b].total != 0) total += row[b].total * std::exp(row[b].maximum - top->maximum);
-            best[r] = top->best;
+            const int begin = int(top - row) * kBlock;
+            best[r] = int(std::find(logits + begin, logits + std::min(ids, begin + kBlock), top->maximum) - logits);
+            if (best[r] >= ids) best[r] = 0;  // no number at all: any will do
             log_total[r] = top->maximum + std::log(total);
         }
     }
@@ -290,7 +294,7 @@ struct glass_engine {
             shares[step++].deal(int(tiles.size()) * shape.kv_heads);
             for (int name : {kOut, kUp, kDown}) shares[step++].deal(layer.matrices[name].panels());
         }
-        shares[step].deal(head_matrix().panels());
+        shares[step].deal((shape.vocab + kBlock - 1) / kBlock);
     }
 
     // ---- a chunk ---------------------------------------------------------------------------------------------------
@@ -316,6 +320,9 @@ struct glass_engine {
         make_room(head_matrix());
         for (const Layer& layer : layers)
             for (const Matrix& matrix : layer.matrices) make_room(matrix);
+        std::set<const Sequence*> different;
+        for (const Token& token : tokens)
+            if (!(strangers = different.insert(token.sequence).second)) break;
         tiles.clear();
         const int most = std::max(1, kQueries / (shape.heads / shape.kv_heads));
         for (int t = 0; t < count; t++) {
@@ -358,7 +365,7 @@ struct glass_engine {
             const int found = int(rows.size());
             parts.resize(std::max<size_t>(parts.size(), found * ((shape.vocab + kBlock - 1) / kBlock)));
             team.run([&](int thread) { pass(thread, found, rows.data(), ids, logits + done * stride, stride); });
-            conclude(found, best + done, log_total + done);
+            conclude(found, ids, logits + done * stride, stride, best + done, log_total + done);
             done += found;
         }
     }

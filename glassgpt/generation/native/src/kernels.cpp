@@ -27,7 +27,6 @@ constexpr int kSums = 12;
 constexpr int kVectors = 4;
 constexpr int kSums = 8;
 #endif
-constexpr int kAhead = 8192;      // bytes that are fetched ahead of their use: far enough for memory, near enough for the first cache
 
 static inline void finish(F value, const float* bias, float* y, bool accumulate) {
     if (bias) value = value + load(bias);
@@ -50,7 +49,7 @@ static void tile_float32(const Panel& p, int column, const Rows& rows, int first
     const uint8_t* w = p.data + 4 * column;
     for (int k = 0; k < p.group_inputs; k++, w += 4 * p.columns) {
         F weight[C];
-        for (int c = 0; c < C; c++) weight[c] = load((const float*)w + c * L), fetch_ahead(w + kAhead + 4 * c * L);
+        for (int c = 0; c < C; c++) weight[c] = load((const float*)w + c * L), fetch_ahead(w + p.ahead + 4 * c * L);
         for (int r = 0; r < R; r++)
             for (int c = 0; c < C; c++) sum[r][c] = fma(weight[c], all(a[r * rows.stride + k]), sum[r][c]);
     }
@@ -66,7 +65,7 @@ static void tile_bfloat16(const Panel& p, int column, const Rows& rows, int firs
     const uint8_t* w = p.data + 4 * column;
     for (int k = 0; k < p.group_inputs; k += 2, w += 4 * p.columns) {
         I weight[C];
-        for (int c = 0; c < C; c++) weight[c] = load_codes(w + 4 * c * L), fetch_ahead(w + kAhead + 4 * c * L);
+        for (int c = 0; c < C; c++) weight[c] = load_codes(w + 4 * c * L), fetch_ahead(w + p.ahead + 4 * c * L);
         for (int r = 0; r < R; r++)
             for (int c = 0; c < C; c++) sum[r][c] = dot2(sum[r][c], weight[c], word(a + r * rows.stride + k));
     }
@@ -94,7 +93,7 @@ static void tile_codes(const Panel& p, int column, const Rows& rows, int first, 
             for (int c = 0; c < C; c++) sum[r][c] = all(zeros[r * p.groups + g]);
         for (int k = 0; k < p.group_inputs; k += SMALL ? 8 : 4, w += step) {
             I codes[C];
-            for (int c = 0; c < C; c++) codes[c] = load_codes(w + 4 * c * L), fetch_ahead(w + kAhead + 4 * c * L);
+            for (int c = 0; c < C; c++) codes[c] = load_codes(w + 4 * c * L), fetch_ahead(w + p.ahead + 4 * c * L);
             if (SMALL) {
                 const I low = all(0x0f0f0f0f);
                 for (int r = 0; r < kRows; r++)
@@ -324,26 +323,30 @@ static void activate(Activation kind, float* hidden, const float* gate, int coun
         }
 }
 
-static void largest(const float* x, int n, int32_t* best, float* maximum, float* total) {
+static void log_sum(const float* x, int n, float* maximum, float* total) {
     const float none = -std::numeric_limits<float>::infinity();
-    float most = none;
-#pragma omp simd reduction(max : most)
-    for (int i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
-    F sums[4] = {};
-    for (int i = 0, c = 0; i < n; i += L, c = (c + 1) % 4) {
-        F part = all(none);
-        if (i + L <= n) part = load(x + i);
-        else memcpy(&part, x + i, 4 * (n - i));
-        sums[c] += exponential(part - most);
+    F most_of[4] = {all(none), all(none), all(none), all(none)}, sums[4] = {};
+    float most = none, sum = 0;
+    const int whole = n / (4 * L) * (4 * L);
+    for (int i = 0; i < whole; i += 4 * L)
+        for (int j = 0; j < 4; j++) {
+            const F number = load(x + i + j * L);
+            most_of[j] = number > most_of[j] ? number : most_of[j];
+        }
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < L; i++) most = most_of[j][i] > most ? most_of[j][i] : most;
+    for (int i = whole; i < n; i++) most = x[i] > most ? x[i] : most;
+    for (int i = 0; i < whole; i += 4 * L)
+        for (int j = 0; j < 4; j++) sums[j] += exponential(load(x + i + j * L) - most);
+    for (int i = whole; i < n; i += L) {
+        F rest = all(none);
+        memcpy(&rest, x + i, 4 * (n - i < L ? n - i : L));
+        sums[0] += exponential(rest - most);
     }
-    const F sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    *total = 0;  // NaN if any x is
-    for (int i = 0; i < L; i++) *total += sum[i];
-    int32_t place = std::numeric_limits<int32_t>::max();
-#pragma omp simd reduction(min : place)
-    for (int i = 0; i < n; i++) place = x[i] == most && i < place ? i : place;
-    *best = place < n ? place : 0;  // no number at all: any will do
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < L; i++) sum += sums[j][i];
     *maximum = most;
+    *total = sum;  // NaN if any x is
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------------
@@ -403,8 +406,9 @@ static void attend(const Pages& cache, const Query* queries, int count, float sc
     for (int page = first_page; page < end_page; page++) {
         const uint8_t* data = cache.pages[page];
         const int used = last + 1 - page * kPage < kPage ? last + 1 - page * kPage : kPage;
+        const uint8_t* next = page + 1 < end_page ? cache.pages[page + 1] + cache.key_offset : cache.pages[first_page] + cache.value_offset;
         Panel keys = {cache.format, kPage, used, 1, key_inputs, data + cache.key_offset,
-                      cache.format == kInt8 ? (const float*)(data + cache.key_scale_offset) : nullptr};
+                      cache.format == kInt8 ? (const float*)(data + cache.key_scale_offset) : nullptr, next - (data + cache.key_offset)};
         multiply(keys, rows, 0, count, nullptr, scores + page * kPage, end, false);
     }
     for (int i = 0; i < count; i++) {
@@ -420,7 +424,9 @@ static void attend(const Pages& cache, const Query* queries, int count, float sc
     }
     for (int page = first_page; page < end_page; page++) {
         const int used = last + 1 - page * kPage < kPage ? last + 1 - page * kPage : kPage;
-        Panel values = {cache.format, cache.padded_width, cache.padded_width, 1, round_up(used, 4), cache.pages[page] + cache.value_offset, nullptr};
+        const uint8_t* data = cache.pages[page] + cache.value_offset;
+        const uint8_t* next = page + 1 < end_page ? cache.pages[page + 1] + cache.value_offset : cache.pages[first_page] + cache.next_offset;
+        Panel values = {cache.format, cache.padded_width, cache.padded_width, 1, round_up(used, 4), data, nullptr, next - data};
         const int64_t skipped = int64_t(page - first_page) * kPage;
         int32_t page_zeros[kQueries * 2];
         if (cache.format == kInt8)
@@ -472,5 +478,5 @@ static uint64_t read(const uint8_t* data, int64_t bytes) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {GG_NAME, multiply, prepare, norm, activate, attend, largest, rate, read};
+const Kernels kernels = {GG_NAME, multiply, prepare, norm, activate, attend, log_sum, rate, read};
 }  // namespace GG_ISA

@@ -21,6 +21,7 @@
 
 constexpr int kPanel = 32;  // outputs in a panel
 constexpr int kPage = 64;   // positions whose keys and values lie together
+constexpr int kAhead = 8192;  // bytes that are fetched ahead of their use: far enough for memory, near enough for the first cache
 
 enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
@@ -32,6 +33,7 @@ struct Panel {
     int group_inputs;         // inputs that share a scale; all (padded) where there is one group
     const uint8_t* data;
     const float* scales;      // of the columns; null where the scales lie in `data`, or where there are none
+    int64_t ahead;            // bytes from what is read to what is fetched meanwhile
 };
 
 // Rows of inputs, made ready to be multiplied by panels of a format. Codes of 16 bits are two rows of 8: x = scale * (128 * high + low).
@@ -57,7 +59,7 @@ struct Pages {
     int head_width;           // W
     int padded_width;         // columns of the values' panel
     const uint8_t* const* pages;
-    int64_t key_offset, value_offset;              // in a page, for this head
+    int64_t key_offset, value_offset, next_offset; // in a page, for this head, and of the next one's keys
     int64_t key_scale_offset, value_scale_offset;  // 64 floats each; 8 bits only
 };
 
@@ -76,8 +78,8 @@ struct Kernels {
     void (*activate)(Activation, float* hidden, const float* gate, int count);
     // softmax(q k) v for up to kQueries queries of one sequence and one head of keys.
     void (*attend)(const Pages&, const Query* queries, int count, float scale, float* scratch);
-    // Index of the first largest of x (n), and max and sum of exp(x - max).
-    void (*largest)(const float* x, int n, int32_t* best, float* maximum, float* total);
+    // Of x (n): max, and sum of exp(x - max).
+    void (*log_sum)(const float* x, int n, float* maximum, float* total);
     // Operations a second of one thread's multiply-adds in registers, float32, bfloat16 or 8 bits; each counts as two.
     double (*rate)(Format);
     // Reads so many bytes (a multiple of 256) as fast as it can; gives some number made of them.

@@ -21,7 +21,7 @@ struct Matrix {
     int64_t row_bytes() const { return format == kInt8 ? K : format == kInt4 ? (K + 1) / 2 : 4 * int64_t(K); }  // as `fill` reads them
     bool is_coded() const { return format == kInt8 || format == kInt4; }
     Panel panel(int index) const {
-        return {format, kPanel, kPanel, groups, group_inputs, data + index * panel_bytes, scales.empty() ? nullptr : scales.data() + index * kPanel};
+        return {format, kPanel, kPanel, groups, group_inputs, data + index * panel_bytes, scales.empty() ? nullptr : scales.data() + index * kPanel, kAhead};
     }
     // Fills the outputs of one panel from rows: floats (rows, K), or codes (rows, K; 4 bits two to a byte) with scales (rows, groups).
     void fill(int panel, int rows, const void* values, const float* scales);
