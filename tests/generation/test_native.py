@@ -624,7 +624,7 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[str], None]]] = {
     "a window too wide": ("engine.cpp", "position - window + 1", "position - window", WINDOW),
     "distances from the other end": ("kernels.cpp", "query.bias[query.position - i]", "query.bias[i]", ALIBI),
     "turned the other way": ("engine.cpp", "a * cosine[i] - b * sine[i]", "a * cosine[i] + b * sine[i]", MODEL),
-    "heads in another order": ("engine.cpp", "h = g * per_head + i % per_head", "h = g + G * (i % per_head)", MODEL),
+    "heads in another order": ("engine.cpp", "h = g * per_head + i % per_head", "h = g + shape.kv_heads * (i % per_head)", MODEL),
     "scales of keys for values": (
         "kernels.cpp",
         "[page] + cache.value_scale_offset",
@@ -632,12 +632,24 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[str], None]]] = {
         check_cache,
     ),
     "a copy writes into the shared page": ("cache.h", "use_count() > 1", "use_count() > 99", check_copies),
-    "a cut drops the last page": ("cache.h", "(positions + kPanel - 1) / kPanel", "positions / kPanel", check_rewind),
+    "a cut drops the last page": ("cache.h", "(positions + kPage - 1) / kPage", "positions / kPage", check_rewind),
     "many rows read another's inputs": (
         "kernels.cpp",
-        "run(p, column, rows, first + row,",
-        "run(p, column, rows, first,",
+        "tile(p, column, rows, first + row,",
+        "tile(p, column, rows, first,",
         check_bits,
+    ),
+    "all are taken for strangers": (
+        "engine.cpp",
+        "strangers = different.insert(token.sequence).second",
+        "strangers = true",
+        check_bits,
+    ),
+    "a page is cut too short": (
+        "kernels.cpp",
+        "last + 1 - page * kPage : kPage;\n        const uint8_t* next",
+        "last - page * kPage : kPage;\n        const uint8_t* next",
+        PLAIN,
     ),
     "a panel that nobody makes": (
         "team.h",

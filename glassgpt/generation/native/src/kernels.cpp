@@ -305,7 +305,6 @@ static void norm(const float* x, int width, bool rms, float epsilon, const float
 }
 
 static void activate(Activation kind, float* hidden, const float* gate, int count) {
-    // of whole panels: vectors without a rest
     if (kind == kGelu)  // x / (1 + e**-2u) = 0.5 x (1 + tanh u)
         for (int i = 0; i < count; i += L) {
             const F x = load(hidden + i), u = 0.7978845608f * fma(x * x, 0.044715f * x, x);

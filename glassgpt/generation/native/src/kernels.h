@@ -74,7 +74,7 @@ struct Kernels {
     void (*prepare)(Format, int planes, const float* x, int K, int inputs, int group_inputs, void* data, float* scale, int32_t* zeros);
     // LayerNorm (bias may be null), or RMSNorm.
     void (*norm)(const float* x, int width, bool rms, float epsilon, const float* weight, const float* bias, float* y);
-    // hidden = act(hidden), or, for SwiGLU, silu(gate) * hidden.
+    // hidden = act(hidden), or, for SwiGLU, silu(gate) * hidden; `count` is that of whole panels.
     void (*activate)(Activation, float* hidden, const float* gate, int count);
     // softmax(q k) v for up to kQueries queries of one sequence and one head of keys.
     void (*attend)(const Pages&, const Query* queries, int count, float scale, float* scratch);
