@@ -138,8 +138,9 @@ class History:
     """Which tokens each row has seen (B, V) and how often it wrote each one (B, V): what penalties look at."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
-        self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-        self.written = torch.zeros(len(prompts), vocab_size, device=device)
+        with torch.inference_mode(False):  # the caller's mode may be another at the next token, and they are written in place
+            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+            self.written = torch.zeros(len(prompts), vocab_size, device=device)
         for row, ids in enumerate(prompts):
             self.seen[row, list(ids)] = True
 
@@ -155,4 +156,5 @@ class History:
 
     def keep(self, rows: Sequence[int]) -> None:
         rows = list(rows)
-        self.seen, self.written = self.seen[rows], self.written[rows]
+        with torch.inference_mode(False):
+            self.seen, self.written = self.seen[rows], self.written[rows]

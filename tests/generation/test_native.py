@@ -540,6 +540,13 @@ def test_up_and_gate_must_be_stored_alike(portable: str) -> None:
         assert torch.equal(model.blocks[0].attn.qkv.quantised.codes, before)  # nothing was given back before it was known
 
 
+def test_a_closed_runner_starts_afresh(portable: str) -> None:
+    runner = packed(model_of(), portable).start()
+    want = runner.feed([[1]]).logits.clone()
+    runner.close()
+    assert torch.equal(runner.feed([[1]]).logits, want)
+
+
 def test_a_runner_may_outlive_its_engine(portable: str) -> None:
     """In a cycle Python ends the engine first."""
 

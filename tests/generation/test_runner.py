@@ -249,3 +249,18 @@ def test_the_greedy_loop_touches_no_vocabulary(monkeypatch: pytest.MonkeyPatch) 
             write(*other)
     monkeypatch.setattr(engine, "start", runner.start)
     assert [token.id for token in found] == [token.id for token in write(Sampling(temperature=0))]
+
+
+def test_a_caller_may_change_its_mode_between_two_tokens() -> None:
+    """What a penalty counts is written in place, at every token in the mode of whoever asks for it."""
+    sampling = Sampling(temperature=1.0, repetition_penalty=1.2, presence_penalty=0.5)
+
+    def written(modes: list[bool]) -> list[int]:
+        tokens = engine.stream(model_of(), [[1, 2], [3]], sampling, [torch.Generator().manual_seed(i) for i in range(2)], 3)
+        found = []
+        for mode in modes * 2:
+            with torch.inference_mode(mode):
+                found.append(next(tokens).id)
+        return found
+
+    assert written([True, False, True]) == written([False, False, False]) == written([False, True, True])

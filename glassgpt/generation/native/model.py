@@ -135,7 +135,7 @@ class NativeRunner:
     def close(self) -> None:
         for row in self._rows if self._model.finalizer.alive else ():  # in a cycle the model may have gone first
             self._lib.glass_sequence_free(self._engine, row)
-        self._rows, self._lengths = [], []
+        self._rows, self._lengths, self._last = [], [], None
 
     def __del__(self) -> None:
         self.close()

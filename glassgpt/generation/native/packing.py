@@ -18,7 +18,7 @@ from glassgpt.model.quantised import Quantised, round_to_nearest
 from glassgpt.model.quantised import pack as pack_small
 
 ROWS = 4096
-"""Rows of a matrix that are packed at a time: what is made on the way stays small. A multiple of the 64 of a panel."""
+"""Rows of a matrix that are packed at a time: what is made on the way stays small. A multiple of the 32 of a panel."""
 INT4_GROUP = 32
 """Inputs that share a scale where a float matrix is rounded to 4 bits."""
 

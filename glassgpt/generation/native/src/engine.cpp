@@ -21,7 +21,6 @@ const Kernels* find_kernels(const char* name);  // dispatch.cpp
 namespace {
 
 constexpr int kChunk = 512;  // tokens that go through the layers together: what they need stays near
-constexpr int kBlock = 512;  // logits that are made by one thread and looked through while they are near; whole panels
 constexpr int kAlone = 4;    // up to so many rows, each thread makes all of them ready for itself: cheaper than to meet
 
 [[noreturn]] void fail(const std::string& why) { throw std::runtime_error(why); }
@@ -87,6 +86,9 @@ struct glass_engine {
           cache{Format(shape.cache_format), shape.layers, shape.kv_heads, shape.head_width}, pool(cache.page_bytes()),
           own(threads), scratch(threads) {}
 
+    // Logits that one thread makes and looks through while they are near: whole panels, many blocks.
+    int block() const { return shape.vocab < 16384 ? 2 * kPanel : 512; }
+    int blocks() const { return (shape.vocab + block() - 1) / block(); }
     const Matrix& head_matrix() const { return head.N ? head : embedding; }
     const Matrix& embedding_matrix() const { return embedding.N ? embedding : head; }
     const float* vector(int layer, int name) const {
@@ -252,16 +254,15 @@ struct glass_engine {
         }
         if (!wanted) return;
         const Rows rows = ready(thread, head_matrix(), x, stride, wanted, chosen, vector(0, kFinalNorm), vector(0, kFinalNormBias));
-        const int blocks = (shape.vocab + kBlock - 1) / kBlock;
-        each(thread, [&](int block) {
-            const int begin = block * kBlock, end = std::min(shape.vocab, begin + kBlock), seen = std::min(end, ids);
+        each(thread, [&](int index) {
+            const int begin = index * block(), end = std::min(shape.vocab, begin + block()), seen = std::min(end, ids);
             for (int panel = begin / kPanel; panel * kPanel < end; panel++)
                 multiply(head_matrix(), panel, rows, wanted, nullptr, logits, logits_stride, false);
             for (int r = 0; r < wanted; r++) {
                 float* row = logits + r * logits_stride;
                 if (shape.logit_cap > 0)
                     for (int n = begin; n < end; n++) row[n] = shape.logit_cap * std::tanh(row[n] / shape.logit_cap);
-                LogSum& part = parts[r * blocks + block] = {-std::numeric_limits<float>::infinity(), 0};
+                LogSum& part = parts[r * blocks() + index] = {-std::numeric_limits<float>::infinity(), 0};
                 if (begin < seen) kernels->log_sum(row + begin, seen - begin, &part.maximum, &part.total);
             }
         });
@@ -269,17 +270,17 @@ struct glass_engine {
 
     // Of the logits of each row and what is known of their blocks: the first largest one, and log of the sum of all exponentials.
     void conclude(int wanted, int ids, const float* logits, int64_t stride, int32_t* best, float* log_total) const {
-        const int blocks = (shape.vocab + kBlock - 1) / kBlock;
+        const int count = blocks();
         for (int r = 0; r < wanted; r++, logits += stride) {
-            const LogSum* row = parts.data() + r * blocks;
+            const LogSum* row = parts.data() + r * count;
             const LogSum* top = row;
             float total = 0;
-            for (int b = 1; b < blocks; b++)
+            for (int b = 1; b < count; b++)
                 if (row[b].maximum > top->maximum) top = row + b;
-            for (int b = 0; b < blocks; b++)
+            for (int b = 0; b < count; b++)
                 if (row[b].total != 0) total += row[b].total * std::exp(row[b].maximum - top->maximum);
-            const int begin = int(top - row) * kBlock;
-            best[r] = int(std::find(logits + begin, logits + std::min(ids, begin + kBlock), top->maximum) - logits);
+            const int begin = int(top - row) * block();
+            best[r] = int(std::find(logits + begin, logits + std::min(ids, begin + block()), top->maximum) - logits);
             if (best[r] >= ids) best[r] = 0;  // no number at all: any will do
             log_total[r] = top->maximum + std::log(total);
         }
@@ -294,7 +295,7 @@ struct glass_engine {
             shares[step++].deal(int(tiles.size()) * shape.kv_heads);
             for (int name : {kOut, kUp, kDown}) shares[step++].deal(layer.matrices[name].panels());
         }
-        shares[step].deal((shape.vocab + kBlock - 1) / kBlock);
+        shares[step].deal(blocks());
     }
 
     // ---- a chunk ---------------------------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ struct glass_engine {
             std::vector<int32_t> rows;
             for (; done + int(rows.size()) < wanted && chosen[done + rows.size()] < end;) rows.push_back(chosen[done + rows.size()] - begin);
             const int found = int(rows.size());
-            parts.resize(std::max<size_t>(parts.size(), found * ((shape.vocab + kBlock - 1) / kBlock)));
+            parts.resize(std::max<size_t>(parts.size(), found * blocks()));
             team.run([&](int thread) { pass(thread, found, rows.data(), ids, logits + done * stride, stride); });
             conclude(found, ids, logits + done * stride, stride, best + done, log_total + done);
             done += found;

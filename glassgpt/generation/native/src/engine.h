@@ -37,7 +37,7 @@ GLASS int64_t glass_bytes(const glass_engine*);  // of weights
 
 // Weights, layer by layer (what belongs to no layer has layer 0). `format` as in kernels.h; group 0: one scale an output.
 GLASS int32_t glass_matrix_new(glass_engine*, int32_t layer, int32_t matrix, int32_t format, int32_t N, int32_t K, int32_t group);
-// Outputs first ... first + rows - 1, first a multiple of 64: floats (rows, K), or codes (rows, K), 4 bits two to a byte
+// Outputs first ... first + rows - 1, first a multiple of 32: floats (rows, K), or codes (rows, K), 4 bits two to a byte
 // with the earlier one in the low half, and scales (rows, groups).
 GLASS int32_t glass_matrix_fill(glass_engine*, int32_t layer, int32_t matrix, int32_t first, int32_t rows, const void* values, const float* scales);
 GLASS int32_t glass_vector_set(glass_engine*, int32_t layer, int32_t vector, const float* values, int64_t count);
@@ -52,7 +52,7 @@ GLASS int32_t glass_sequence_free(glass_engine*, int32_t sequence);
 GLASS int64_t glass_cache_bytes(glass_engine*);
 
 // Appends `count` tokens, token i to sequences[i], in order. For the `wanted` ones of them (ascending numbers): logits
-// (wanted, stride), stride at least the vocabulary rounded up to 64; the first largest of the first `ids` logits of each
+// (wanted, stride), stride at least the vocabulary rounded up to 32; the first largest of the first `ids` logits of each
 // row, and the logarithm of the sum of their exponentials.
 GLASS int32_t glass_forward(glass_engine*, int32_t count, const int32_t* tokens, const int32_t* sequences, int32_t wanted, const int32_t* rows,
                       int32_t ids, float* logits, int64_t stride, int32_t* best, float* log_total);

@@ -335,12 +335,13 @@ static void log_sum(const float* x, int n, float* maximum, float* total) {
     for (int j = 0; j < 4; j++)
         for (int i = 0; i < L; i++) most = most_of[j][i] > most ? most_of[j][i] : most;
     for (int i = whole; i < n; i++) most = x[i] > most ? x[i] : most;
+    const float base = most == none ? 0 : most;  // all of them may be -inf
     for (int i = 0; i < whole; i += 4 * L)
-        for (int j = 0; j < 4; j++) sums[j] += exponential(load(x + i + j * L) - most);
+        for (int j = 0; j < 4; j++) sums[j] += exponential(load(x + i + j * L) - base);
     for (int i = whole; i < n; i += L) {
         F rest = all(none);
         memcpy(&rest, x + i, 4 * (n - i < L ? n - i : L));
-        sums[0] += exponential(rest - most);
+        sums[0] += exponential(rest - base);
     }
     for (int j = 0; j < 4; j++)
         for (int i = 0; i < L; i++) sum += sums[j][i];

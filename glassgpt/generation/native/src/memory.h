@@ -1,4 +1,5 @@
-// Memory for weights and for the cache: zeros, in huge pages where the system has them, as all of it is read for every token.
+// Memory for weights (zeros) and for what passes through the layers: in huge pages where the system has them, as all of it is
+// read for every token.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
