@@ -85,7 +85,7 @@ def _after_penalties(logits: Tensor, sampling: Sampling, prompt: Sequence[int], 
         return logits
     history = History([prompt] * len(logits), logits.size(-1), logits.device)
     for drawn in () if written is None else written.T:
-        history.add(drawn)
+        history.add(drawn.tolist())
     return penalised(logits, sampling, history.seen, history.written)
 
 
