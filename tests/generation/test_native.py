@@ -654,8 +654,8 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[str], None]]] = {
     ),
     "a page is cut too short": (
         "kernels.cpp",
-        "last + 1 - page * kPage : kPage;\n        const uint8_t* next",
-        "last - page * kPage : kPage;\n        const uint8_t* next",
+        "? last + 1 - page * kPage : kPage",
+        "? last - page * kPage : kPage",
         PLAIN,
     ),
     "a panel that nobody makes": (

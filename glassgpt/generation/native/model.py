@@ -103,10 +103,11 @@ class NativeRunner:
             raise UserError(f"context is {self.config.context_tokens} tokens; got {longest} (shorten the input)")
         counts = [len(ids) for ids in tokens]
         if self._last is None or self._last.counts != (counts, every):
-            wanted = sum(counts) if every else sum(count > 0 for count in counts)
-            if self._room.size(0) < wanted:
-                self._room = torch.empty(wanted, self._stride)
-            self._last = _Pass(self._rows, counts, every, self._room[:wanted], self._n_ids)
+            ends = zip(accumulate(counts), counts, strict=True)
+            wanted = list(range(sum(counts))) if every else [end - 1 for end, count in ends if count]
+            if self._room.size(0) < len(wanted):
+                self._room = torch.empty(len(wanted), self._stride)
+            self._last = _Pass(self._rows, counts, every, wanted, self._room[: len(wanted)], self._n_ids)
         self._last.tokens[:] = [token for ids in tokens for token in ids]
         result = self._lib.glass_forward(self._engine, *self._last.arguments)
         if result < 0 and b"bad_alloc" in self._lib.glass_error():
@@ -120,7 +121,7 @@ class NativeRunner:
         copies = [checked(self._lib, self._lib.glass_sequence_fork(self._engine, self._rows[row])) for row in rows]
         lengths = [self._lengths[row] for row in rows]
         self.close()
-        self._rows, self._lengths, self._last = copies, lengths, None
+        self._rows, self._lengths = copies, lengths
 
     def keep(self, rows: Sequence[int]) -> None:
         for number in set(range(len(self._rows))) - set(rows):
@@ -148,12 +149,13 @@ class _Pass:
     good part of their time, as the weights have pushed it out of every cache.
     """
 
-    def __init__(self, texts: Sequence[int], counts: list[int], every: bool, room: torch.Tensor, n_ids: int) -> None:
-        """`texts` are the engine's numbers of the rows, which get `counts` tokens each; `room` (n, V padded) is for logits."""
+    def __init__(
+        self, texts: Sequence[int], counts: list[int], every: bool, wanted: list[int], room: torch.Tensor, n_ids: int
+    ) -> None:
+        """`texts` are the engine's numbers of the rows, which get `counts` tokens each. Scores are `wanted` after these n of all
+        tokens; `room` (n, V padded) is for their logits."""
         self.counts = (counts, every)
         count = sum(counts)
-        ends = accumulate(counts)
-        wanted = list(range(count)) if every else [end - 1 for end, n in zip(ends, counts, strict=True) if n]
         self.tokens = (ctypes.c_int32 * count)()
         self._logits, self._stride = room[:, :n_ids], room.stride(0)  # (n, V)
         self._numbers = (ctypes.c_float * room.numel()).from_address(room.data_ptr()) if wanted else None

@@ -186,6 +186,19 @@ static void multiply(const Panel& p, const Rows& rows, int first, int count, con
 
 // ---- rows made ready ----------------------------------------------------------------------------------------------------
 
+// Of four vectors that were filled side by side, as one would wait for itself.
+static inline float largest_of(const F (&x)[4], float most) {
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < L; i++) most = x[j][i] > most ? x[j][i] : most;
+    return most;
+}
+static inline float added(const F (&x)[4]) {
+    float sum = 0;
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < L; i++) sum += x[j][i];
+    return sum;
+}
+
 static inline int32_t added(const int32_t* x, int n) {
     int32_t sum = 0;
     for (int i = 0; i < n; i++) sum += x[i];
@@ -325,15 +338,13 @@ static void activate(Activation kind, float* hidden, const float* gate, int coun
 static void log_sum(const float* x, int n, float* maximum, float* total) {
     const float none = -std::numeric_limits<float>::infinity();
     F most_of[4] = {all(none), all(none), all(none), all(none)}, sums[4] = {};
-    float most = none, sum = 0;
     const int whole = n / (4 * L) * (4 * L);
     for (int i = 0; i < whole; i += 4 * L)
         for (int j = 0; j < 4; j++) {
             const F number = load(x + i + j * L);
             most_of[j] = number > most_of[j] ? number : most_of[j];
         }
-    for (int j = 0; j < 4; j++)
-        for (int i = 0; i < L; i++) most = most_of[j][i] > most ? most_of[j][i] : most;
+    float most = largest_of(most_of, none);
     for (int i = whole; i < n; i++) most = x[i] > most ? x[i] : most;
     const float base = most == none ? 0 : most;  // all of them may be -inf
     for (int i = 0; i < whole; i += 4 * L)
@@ -343,10 +354,8 @@ static void log_sum(const float* x, int n, float* maximum, float* total) {
         memcpy(&rest, x + i, 4 * (n - i < L ? n - i : L));
         sums[0] += exponential(rest - base);
     }
-    for (int j = 0; j < 4; j++)
-        for (int i = 0; i < L; i++) sum += sums[j][i];
     *maximum = most;
-    *total = sum;  // NaN if any x is
+    *total = added(sums);  // NaN if any x is
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------------
@@ -368,18 +377,14 @@ static float exponentials(float* s, const Query& query, float scale, int begin, 
             F score = load(s + i + j * L);
             most_of[j] = score > most_of[j] ? score : most_of[j];
         }
-    float most = none, sum = 0;
-    for (int j = 0; j < 4; j++)
-        for (int i = 0; i < L; i++) most = most_of[j][i] > most ? most_of[j][i] : most;
+    const float most = largest_of(most_of, none);
     for (int i = begin; i < end; i += 4 * L)
         for (int j = 0; j < 4; j++) {
             const F share = exponential((load(s + i + j * L) - most) * scale);
             store(s + i + j * L, share);
             sums[j] += share;
         }
-    for (int j = 0; j < 4; j++)
-        for (int i = 0; i < L; i++) sum += sums[j][i];
-    return sum;
+    return added(sums);
 }
 
 static void attend(const Pages& cache, const Query* queries, int count, float scale, float* scratch) {
@@ -391,6 +396,7 @@ static void attend(const Pages& cache, const Query* queries, int count, float sc
     }
     const int first_page = first / kPage, end_page = last / kPage + 1, begin = first_page * kPage, end = end_page * kPage;
     const int key_inputs = round_up(W, 4), pages = end_page - first_page;
+    auto used = [&](int page) { return last + 1 - page * kPage < kPage ? last + 1 - page * kPage : kPage; };  // positions that anybody sees
     float* scores = scratch;                                // (count, end)
     void* ready = scores + int64_t(kQueries) * end;         // rows of queries, then of shares
     float* row_scale = (float*)ready + int64_t(kQueries) * (end > wide ? end : wide);
@@ -405,9 +411,8 @@ static void attend(const Pages& cache, const Query* queries, int count, float sc
     Rows rows = {ready, key_inputs, planes, row_scale, zeros};
     for (int page = first_page; page < end_page; page++) {
         const uint8_t* data = cache.pages[page];
-        const int used = last + 1 - page * kPage < kPage ? last + 1 - page * kPage : kPage;
         const uint8_t* next = page + 1 < end_page ? cache.pages[page + 1] + cache.key_offset : cache.pages[first_page] + cache.value_offset;
-        Panel keys = {cache.format, kPage, used, 1, key_inputs, data + cache.key_offset,
+        Panel keys = {cache.format, kPage, used(page), 1, key_inputs, data + cache.key_offset,
                       cache.format == kInt8 ? (const float*)(data + cache.key_scale_offset) : nullptr, next - (data + cache.key_offset)};
         multiply(keys, rows, 0, count, nullptr, scores + page * kPage, end, false);
     }
@@ -423,10 +428,9 @@ static void attend(const Pages& cache, const Query* queries, int count, float sc
                 row_scale + i, zeros + int64_t(i) * planes * pages);
     }
     for (int page = first_page; page < end_page; page++) {
-        const int used = last + 1 - page * kPage < kPage ? last + 1 - page * kPage : kPage;
         const uint8_t* data = cache.pages[page] + cache.value_offset;
         const uint8_t* next = page + 1 < end_page ? cache.pages[page + 1] + cache.value_offset : cache.pages[first_page] + cache.next_offset;
-        Panel values = {cache.format, cache.padded_width, cache.padded_width, 1, round_up(used, 4), data, nullptr, next - data};
+        Panel values = {cache.format, cache.padded_width, cache.padded_width, 1, round_up(used(page), 4), data, nullptr, next - data};
         const int64_t skipped = int64_t(page - first_page) * kPage;
         int32_t page_zeros[kQueries * 2];
         if (cache.format == kInt8)
