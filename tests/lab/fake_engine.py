@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 VARIANTS = ("float32", "other-float32", "int8", "short-float32", "crash-int8", "raise-int8", "lazy-int4", "spin-int4")
 
@@ -29,15 +30,14 @@ class System:
         assert (files / "weights.bin").stat().st_size == 1000 and threads == int(os.environ["OMP_NUM_THREADS"])
         self.variant = variant
         if variant == "spin-int4":
-            self.turns = files / "turns"
-            threading.Thread(target=self._spin, daemon=True).start()
+            turns = (files / "turns").open("ab", buffering=0)  # here: it is there before the thread has its first turn
+            threading.Thread(target=self._spin, args=(turns,), daemon=True).start()
 
-    def _spin(self) -> None:
+    def _spin(self, turns: BinaryIO) -> None:
         """What a thread pool does that waits for work in a loop; the file grows as long as the process runs."""
-        with self.turns.open("ab", buffering=0) as file:
-            while True:
-                file.write(b".")
-                time.sleep(0.001)
+        while True:
+            turns.write(b".")
+            time.sleep(0.001)
 
     def generate(self, prompts: list[list[int]], new_tokens: int, stamp: Callable[[], None]) -> list[list[int]]:
         if self.variant == "crash-int8" and len(prompts) > 1:
