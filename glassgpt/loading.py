@@ -1,21 +1,23 @@
-"""Models by name: `load`, `download`."""
+"""Models by name: `find`, `load`, `download`. To find one takes no PyTorch; it is imported when a network is made."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glassgpt.config import PRESETS, ModelConfig, UserError, nearest
 from glassgpt.config.errors import first_line
+from glassgpt.config.folder import ADAPTER_CONFIG_FILE, CONFIG_FILE, HF_CONFIG_FILE, read_config
 from glassgpt.config.hub import Download
-from glassgpt.model import GPT, lora, weights
-from glassgpt.model.quantised import dequantised, recipe_of
 from glassgpt.text import Tokenizer
 from glassgpt.text.tokenizer import VOCABULARY_FILES
+
+if TYPE_CHECKING:
+    import torch
+
+    from glassgpt.model import GPT
 
 ASSETS = Path(__file__).parent / "assets"
 COMPLETE_FILE = "complete.json"  # written last into a checkpoint, with the size of every other file
@@ -47,13 +49,20 @@ class Found(NamedTuple):
 
     def config(self) -> ModelConfig:
         there = self.stored()
-        return weights.read_hf_config(there.folder) if there.is_hf else weights.read_config(there.folder)
+        if not there.is_hf:
+            return read_config(there.folder)
+        from glassgpt.model.weights import read_hf_config
+
+        return read_hf_config(there.folder)
 
     def model(self, dtype: torch.dtype | None = None, merge: bool = True, plain: bool = False) -> GPT:
         """The network in `dtype` (None: as stored); an adapter is added to the weights, unless `merge` is False.
 
         A quantised one is dequantised for an adapter, or when it must be `plain`: then None is float32, which loses nothing.
         """
+        from glassgpt.model import lora, weights
+        from glassgpt.model.quantised import dequantised, recipe_of
+
         if self.base is None:
             model = (weights.load_hf(self.folder) if self.is_hf else weights.load(self.folder)).to(dtype)
             if plain and dtype is None and recipe_of(model) is not None:
@@ -74,7 +83,7 @@ def load(
     name: str | Path,
     *,
     device: str = "cpu",
-    dtype: torch.dtype | None = torch.float32,
+    dtype: torch.dtype | str | None = "float32",
     merge: bool = True,
     plain: bool = False,
 ) -> tuple[GPT, Tokenizer]:
@@ -82,13 +91,19 @@ def load(
 
     `name` is a bundled model, a run folder (its newest complete checkpoint), a folder of ours or of Hugging Face's, a hub
     id that `glassgpt download` has fetched, or the folder of an adapter, ours or `peft`'s, upon any of these. Nothing is
-    downloaded here. Weights are converted to `dtype` (None keeps the stored one); the model is in evaluation mode. An
-    adapter is added to the weights; with `merge=False` it stays beside them (`glassgpt.model.lora`). A quantised model keeps
-    its codes (`glassgpt.model.quantised`), or with `plain=True` is the float model that they stand for, which can be trained.
+    downloaded here. Weights are converted to `dtype`, given itself or by name (None keeps the stored one); the model is in
+    evaluation mode. An adapter is added to the weights; with `merge=False` it stays beside them (`glassgpt.model.lora`).
+    A quantised model keeps its codes (`glassgpt.model.quantised`), or with `plain=True` is the float model that they stand
+    for, which can be trained.
     Raises UserError saying what was looked for and where.
     """
+    import torch
+
+    number = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if (number is not None and not (isinstance(number, torch.dtype) and number.is_floating_point)) or (dtype and number is None):
+        raise UserError(f"dtype must be a floating point number's, such as float32 or bfloat16; got {dtype!r}")
     found = find(name)
-    model = found.model(dtype, merge, plain).to(pick_device(device), dtype).eval()
+    model = found.model(number, merge, plain).to(pick_device(device), number).eval()
     tokenizer = found.tokenizer()
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -100,7 +115,7 @@ def load(
 
 def bundled() -> list[str]:
     """Names of the models that come with the package."""
-    return sorted(path.parent.name for path in ASSETS.glob(f"*/{weights.CONFIG_FILE}"))
+    return sorted(path.parent.name for path in ASSETS.glob(f"*/{CONFIG_FILE}"))
 
 
 def find(name: str | Path) -> Found:
@@ -128,33 +143,37 @@ def lasting_name(name: str) -> str:
 
 def find_config(name: str | Path) -> tuple[ModelConfig, dict[str, str]]:
     """Configuration of a model, and the dtype of each stored parameter by our names; only headers are read."""
+    from glassgpt.model import weights
+
     found = find(name)
     config, there = found.config(), found.stored()
     return config, weights.stored_dtypes(config, there.folder, there.is_hf)
 
 
 def _in_folder(path: Path, above: tuple[Path, ...] = ()) -> Found:
-    if (path / lora.ADAPTER_CONFIG_FILE).is_file():
+    if (path / ADAPTER_CONFIG_FILE).is_file():
         return Found(path, is_hf=False, base=_base(path, above))
-    if (path / weights.CONFIG_FILE).is_file():
+    if (path / CONFIG_FILE).is_file():
         return Found(path, is_hf=False)
-    if (path / weights.HF_CONFIG_FILE).is_file():
+    if (path / HF_CONFIG_FILE).is_file():
         return Found(path, is_hf=True)
     if (path / "checkpoints").is_dir():
         if checkpoints := complete_checkpoints(path):
             last = checkpoints[-1]
-            is_adapter = (last / lora.ADAPTER_CONFIG_FILE).is_file()
+            is_adapter = (last / ADAPTER_CONFIG_FILE).is_file()
             return Found(last, is_hf=False, base=_base(last, above) if is_adapter else None)
         raise UserError(f"{path}: this run has no complete checkpoint yet")
     raise UserError(
-        f"{path}: no model in this folder; looked for {weights.CONFIG_FILE} (ours), {weights.HF_CONFIG_FILE}"
-        f" (Hugging Face), {lora.ADAPTER_CONFIG_FILE} (an adapter), checkpoints/step-* (a run)"
+        f"{path}: no model in this folder; looked for {CONFIG_FILE} (ours), {HF_CONFIG_FILE}"
+        f" (Hugging Face), {ADAPTER_CONFIG_FILE} (an adapter), checkpoints/step-* (a run)"
     )
 
 
 def _base(adapter: Path, above: tuple[Path, ...]) -> Found:
     """What an adapter stands upon: a folder beside which it lies, or anything that `find` finds."""
-    path, name = adapter / lora.ADAPTER_CONFIG_FILE, lora.read_settings(adapter).base_model_name_or_path
+    from glassgpt.model import lora
+
+    path, name = adapter / ADAPTER_CONFIG_FILE, lora.read_settings(adapter).base_model_name_or_path
     if not name.strip():
         raise UserError(
             f"{path}: base_model_name_or_path is empty; write there the name or folder of the model below the adapter"
@@ -184,6 +203,8 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
@@ -223,6 +244,8 @@ def download(config: Download) -> Path:
     """
     from huggingface_hub import constants, errors
 
+    from glassgpt.model import lora, weights
+
     repo, endpoint = config.repo, constants.ENDPOINT
     try:
         folder = _snapshot(repo, revision=config.revision)
@@ -240,7 +263,7 @@ def download(config: Download) -> Path:
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401:
             raise UserError(f"{endpoint} does not accept your token ({error.server_message}); correct HF_TOKEN") from error
         raise UserError(f"cannot fetch {repo} from {endpoint}: {first_line(error)}; check the network, then try again") from error
-    if (folder / lora.ADAPTER_CONFIG_FILE).is_file():
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
         lora.read_settings(folder)
     else:
         weights.read_hf_config(folder)

@@ -20,6 +20,7 @@ from torch import Tensor
 import glassgpt
 from glassgpt.cli import main
 from glassgpt.config import ModelConfig, OptimConfig, UserError
+from glassgpt.config.folder import ADAPTER_CONFIG_FILE
 from glassgpt.config.generate import Sampling
 from glassgpt.config.hub import Export, Merge
 from glassgpt.config.model import MoeConfig
@@ -113,7 +114,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def rename_base(adapter: Path, name: object) -> Path:
-    path = adapter / lora.ADAPTER_CONFIG_FILE
+    path = adapter / ADAPTER_CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
     return adapter
 
@@ -264,7 +265,7 @@ def test_the_tokenizer_of_the_adapter_goes_before_the_bases(adapter: Path, base:
 
 
 def test_a_base_that_is_nowhere(adapter: Path) -> None:
-    path = adapter / lora.ADAPTER_CONFIG_FILE
+    path = adapter / ADAPTER_CONFIG_FILE
     for name in ("nowhere", "../nowhere", "/no/where", "acme/nowhere", "two words"):
         with pytest.raises(UserError, match=f"names the base '{name}': no model '{name}'") as caught:
             load(rename_base(adapter, name))
@@ -297,10 +298,10 @@ def test_another_base(adapter: Path, tokenizer: Tokenizer, tmp_path: Path) -> No
     [
         (lora.ADAPTER_FILE, b"\x10\0\0\0\0\0\0\0{}", "adapter_model.safetensors: truncated or not a weights file"),
         (lora.ADAPTER_FILE, None, "no weights of the adapter; looked for adapter_model.safetensors"),
-        (lora.ADAPTER_CONFIG_FILE, b"{", "adapter_config.json: cannot read"),
-        (lora.ADAPTER_CONFIG_FILE, b"\xff\xfe", "adapter_config.json: cannot read"),
-        (lora.ADAPTER_CONFIG_FILE, b"[]", "adapter_config.json: expected a JSON object"),
-        (lora.ADAPTER_CONFIG_FILE, b"{}", "adapter_config.json: peft_type = '' cannot be represented; expected 'LORA'"),
+        (ADAPTER_CONFIG_FILE, b"{", "adapter_config.json: cannot read"),
+        (ADAPTER_CONFIG_FILE, b"\xff\xfe", "adapter_config.json: cannot read"),
+        (ADAPTER_CONFIG_FILE, b"[]", "adapter_config.json: expected a JSON object"),
+        (ADAPTER_CONFIG_FILE, b"{}", "adapter_config.json: peft_type = '' cannot be represented; expected 'LORA'"),
     ],
 )
 def test_damaged_files(file: str, content: bytes | None, said: str, adapter: Path) -> None:
@@ -342,7 +343,7 @@ def test_merge_writes_a_plain_model(to: str, adapter: Path, tmp_path: Path, caps
     found = find(tmp_path / "merged")
     assert found.base is None and found.is_hf == (to == "hf")
     assert same(load(tmp_path / "merged")[0], load(adapter)[0])
-    assert not (tmp_path / "merged" / lora.ADAPTER_CONFIG_FILE).exists()
+    assert not (tmp_path / "merged" / ADAPTER_CONFIG_FILE).exists()
     if to == "hf":
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
         assert difference(logits(theirs), logits(load(adapter)[0])) < BAR

@@ -12,6 +12,7 @@ import torch
 from glassgpt.config.generate import Sampling
 from glassgpt.data.progress import steps
 from glassgpt.generation import stream
+from glassgpt.generation.generator import Generator
 from glassgpt.model import GPT
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 48
@@ -38,7 +39,7 @@ def speeds(models: Sequence[GPT], repeats: int, seed: int = 0) -> list[Speed]:
     prompt = ids[0, :prompt_tokens].tolist()
 
     def generate(model: GPT) -> object:
-        return list(stream(model, [prompt], Sampling(temperature=0), [torch.Generator().manual_seed(seed)], new_tokens))
+        return list(stream(model, [prompt], Sampling(temperature=0), [Generator(seed)], new_tokens))
 
     taken: list[tuple[list[float], list[float]]] = [([], []) for _ in models]
     with steps("speed") as progress:

@@ -44,6 +44,11 @@ class Sampling:
         self._require("presence_penalty", abs(self.presence_penalty) <= 100, "between -100 and 100")
         self._require("frequency_penalty", abs(self.frequency_penalty) <= 100, "between -100 and 100")
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far matter."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
     def _require(self, name: str, holds: bool, expected: str) -> None:
         value = getattr(self, name)
         if not (holds and math.isfinite(value)):

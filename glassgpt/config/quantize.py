@@ -38,6 +38,11 @@ class Recipe:
             if type(bits) is not int or bits not in (4, 8):
                 raise UserError(f"{PREFIX}matrices.{name} must have 4 or 8 bits; got {bits!r}")
 
+    @property
+    def precision(self) -> str:
+        """int8, int4, or int4+8."""
+        return "int" + "+".join(str(bits) for bits in sorted(set(self.matrices.values())))
+
     def kind(self, bits: int) -> str:
         """What stands for the dtype of a matrix: int8 with a scale for each output, int4/32 with one for 32 inputs."""
         return f"int{bits}" if self.group is None else f"int{bits}/{self.group}"

@@ -1,77 +1,19 @@
-"""What computes a text: the native engine where it can be used, else PyTorch."""
+"""What computes a network: the native engine where it can be used, else PyTorch."""
 
 from __future__ import annotations
 
-import functools
 import sys
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
 from glassgpt.config import UserError
 from glassgpt.config.compute import Compute
 from glassgpt.config.quantize import Recipe
-from glassgpt.config.speculation import Speculation
-from glassgpt.generation.native.packing import INT4_GROUP
+from glassgpt.generation.native.network import INT4_GROUP
+from glassgpt.generation.native.threads import default_threads
 from glassgpt.generation.runner import Model
-from glassgpt.generation.speculative import Guesses
-from glassgpt.loading import find, load
 from glassgpt.model import GPT
-from glassgpt.model.quantised import parameter_count, put, recipe_of, round_to_nearest, targets
-from glassgpt.text import Tokenizer
-
-
-class Opened(NamedTuple):
-    """A model that is ready to write."""
-
-    model: Model
-    tokenizer: Tokenizer
-    parameters: int
-    used: dict[str, object]
-    """What computes, for `--json`: the engine, and the numbers."""
-
-
-def open_model(name: str, device: str, compute: Compute, is_draft: bool = False) -> Opened:
-    """The model called `name`, on the engine and in the numbers asked for. Raises UserError as `load` and `backend` do.
-
-    A draft that is quantised already stays as it is.
-    """
-    # an adapter is added to its base in float32: in shorter numbers it would be rounded away
-    dtype = torch.float32 if find(name).base is not None else None
-    gpt, tokenizer = load(name, device=device, dtype=dtype)
-    parameters = parameter_count(gpt)
-    default_threads()  # before PyTorch is left one
-    quantised = recipe_of(gpt) is not None
-    if is_draft and quantised:
-        compute = replace(compute, precision="as-is")
-    stored = precision_of(gpt)
-    model = backend(gpt, compute)
-    if isinstance(model, GPT):
-        return Opened(model, tokenizer, parameters, {"engine": "plain", "precision": precision_of(model)})
-    torch.set_num_threads(1)  # what is left to PyTorch is small, and its idle threads would keep the engine's from the cores
-    used = {name: getattr(model, name, getattr(compute, name)) for name in ("precision", "activations", "cache")}
-    used |= {"engine": "native"} | ({"precision": stored} if quantised else {})
-    return Opened(model, tokenizer, parameters, used)
-
-
-def open_guesses(speculation: Speculation, tokenizer: Tokenizer, device: str, compute: Compute) -> Guesses | None:
-    """Who guesses, None for nobody. Raises UserError for a draft with another tokenizer."""
-    if not speculation.is_on:
-        return None
-    if speculation.draft is None:
-        return Guesses(lookup=speculation.lookup, proposals=speculation.proposals)
-    draft = open_model(speculation.draft, device, compute, is_draft=True)
-    if not same_tokens(tokenizer, draft.tokenizer):
-        raise UserError(f"the draft {speculation.draft} has another tokenizer than the model; give one with the same tokens")
-    return Guesses(draft.model, proposals=speculation.proposals)
-
-
-def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether every id stands for the same bytes in both."""
-    if (one.vocab_size, one.end_id) != (other.vocab_size, other.end_id):
-        return False
-    return all(one.token_bytes(token_id) == other.token_bytes(token_id) for token_id in range(one.vocab_size))
+from glassgpt.model.quantised import put, recipe_of, round_to_nearest, targets
 
 
 def backend(model: GPT, compute: Compute) -> Model:
@@ -110,12 +52,6 @@ def backend(model: GPT, compute: Compute) -> Model:
         return plain(model, compute)
 
 
-@functools.cache
-def default_threads() -> int:
-    """PyTorch's number, as it was before `open_model` left PyTorch one."""
-    return torch.get_num_threads()
-
-
 def plain(model: GPT, compute: Compute) -> GPT:
     """The network itself in the numbers asked for; 8 and 4 bits are dequantised at each use: slow, but nothing is kept."""
     if compute.threads is not None:
@@ -135,5 +71,5 @@ def plain(model: GPT, compute: Compute) -> GPT:
 def precision_of(model: GPT) -> str:
     """Bits of its matrices where they are quantised, else the dtype of its weights."""
     if (recipe := recipe_of(model)) is not None:
-        return "int" + "+".join(str(bits) for bits in sorted(set(recipe.matrices.values())))
+        return recipe.precision
     return str(model.norm_f.get_parameter("weight").dtype).removeprefix("torch.")

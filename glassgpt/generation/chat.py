@@ -12,21 +12,23 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from glassgpt.config import UserError, nearest
 from glassgpt.config.chat import Chat
 from glassgpt.config.files import fsync
 from glassgpt.config.generate import Sampling
-from glassgpt.generation import engine, speculative
-from glassgpt.generation.backend import open_guesses, open_model
+from glassgpt.generation import engine
+from glassgpt.generation.acceptance import Acceptance
+from glassgpt.generation.generator import Generator
+from glassgpt.generation.opening import open_guesses, open_model
 from glassgpt.generation.runner import Model
-from glassgpt.generation.speculative import Acceptance, Guesses
 from glassgpt.generation.writer import Row
 from glassgpt.text import Tokenizer
 from glassgpt.text.chat import Message, end_ids, prompt
+
+if TYPE_CHECKING:
+    from glassgpt.generation.speculative import Guesses
 
 NO_TEMPLATE = (
     "this model brings no chat template and was not taught to answer; it is prompted with plain words"
@@ -181,14 +183,14 @@ class Conversation:
     def answer(self, turn: Turn, show: Show = lambda piece: None) -> Reply:
         """Answer, and keep what was said. `show(piece)` gets text as it is written; Ctrl-C ends the answer there."""
         number = len(turn.earlier) // 2
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number * 1_009 + turn.attempt) % 2**63)
+        generator = Generator(self.seed * 1_000_003 + number * 1_009 + turn.attempt)
         row = Row(self._stops, show)
 
         def ends(token: engine.Token) -> bool:
             return row.add(token, self.tokenizer.token_bytes(token.id), token.id in self._ends)
 
         limit, n_ids = self.max_new_tokens, self.tokenizer.vocab_size
-        stream = speculative.either(self._guesses, self.acceptance)
+        stream = engine.stream if self._guesses is None else self._guesses.stream(self.acceptance)
         try:
             for _ in stream(self.model, [turn.ids], self.sampling, [generator], limit, ends, n_ids=n_ids):
                 pass

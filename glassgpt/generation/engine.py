@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from glassgpt.config import UserError
 from glassgpt.config.generate import Sampling
+from glassgpt.generation.generator import Generator
 from glassgpt.generation.runner import Model, Runner, Scores, start
-from glassgpt.generation.sampling import choose, penalised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from glassgpt.generation.history import History
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def stream(
     model: Model,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[Generator],
     max_new_tokens: int,
     ends: Callable[[Token], bool] = lambda token: False,
     n_top: int = 0,
@@ -65,12 +68,12 @@ def stream(
     room = [min(max_new_tokens, model.config.context_tokens - len(ids) + 1) for ids in prompts]
     rows = list(range(len(prompts)))
     runner = start(model, n_ids)
-    history = History(prompts, n_ids or model.config.vocab_size, runner.device) if History.matters(sampling) else None
     step = 0
     try:
         scores = read(runner, prompts)
+        history = _history(prompts, scores) if sampling.has_penalties else None
         while rows:
-            drawn = drawn_from(scores, sampling, history, [generators[row] for row in rows])
+            drawn = _drawn(scores, sampling, history, [generators[row] for row in rows])
             step += 1
             tokens = as_tokens(rows, drawn, scores, n_top)
             yield from tokens
@@ -100,13 +103,17 @@ def read(runner: Runner, prompts: Sequence[Sequence[int]]) -> Scores:
     return scores.of(sources)
 
 
-def drawn_from(scores: Scores, sampling: Sampling, history: History | None, generators: list[torch.Generator]) -> list[int]:
+def _history(prompts: Sequence[Sequence[int]], scores: Scores) -> History:
+    from glassgpt.generation.history import History
+
+    return History(prompts, scores.logits.size(-1), scores.logits.device)
+
+
+def _drawn(scores: Scores, sampling: Sampling, history: History | None, generators: list[Generator]) -> list[int]:
     """The next token of each row. The likeliest, without penalties, needs no pass over the vocabulary."""
-    if sampling.temperature == 0 and history is None:
-        return scores.best
-    with torch.inference_mode():  # not around `stream`: to enter it for each token would take longer than all of a greedy step
-        logits = penalised(scores.logits, sampling, history.seen, history.written) if history else scores.logits
-        return choose(logits, sampling, generators).tolist()
+    if history is not None:
+        return history.draw(scores, sampling, generators)
+    return scores.best if sampling.temperature == 0 else scores.draw(sampling, generators)
 
 
 def as_tokens(rows: Sequence[int], drawn: Sequence[int], scores: Scores, n_top: int) -> list[Token]:
@@ -132,29 +139,3 @@ def _likeliest(logits: Tensor, totals: Sequence[float], n_top: int) -> list[tupl
         tuple((token_id, value - total) for token_id, value in zip(row_ids, row_values, strict=True))
         for row_ids, row_values, total in zip(ids, values, totals, strict=True)
     ]
-
-
-class History:
-    """Which tokens each row has seen (B, V) and how often it wrote each one (B, V): what penalties look at."""
-
-    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> None:
-        with torch.inference_mode(False):  # the caller's mode may be another at the next token, and they are written in place
-            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-            self.written = torch.zeros(len(prompts), vocab_size, device=device)
-        for row, ids in enumerate(prompts):
-            self.seen[row, list(ids)] = True
-
-    @staticmethod
-    def matters(sampling: Sampling) -> bool:
-        return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
-
-    def add(self, drawn: Sequence[int]) -> None:
-        """Count one new token a row."""
-        ids = torch.tensor(drawn, device=self.seen.device)[:, None]  # (B, 1)
-        self.seen.scatter_(1, ids, True)
-        self.written.scatter_add_(1, ids, torch.ones_like(ids, dtype=self.written.dtype))
-
-    def keep(self, rows: Sequence[int]) -> None:
-        rows = list(rows)
-        with torch.inference_mode(False):
-            self.seen, self.written = self.seen[rows], self.written[rows]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from glassgpt.config.generate import Sampling
-from glassgpt.generation.engine import History, numbers
+from glassgpt.generation.engine import numbers
+from glassgpt.generation.generator import Generator
 from glassgpt.generation.runner import Model, Scores, start
 from glassgpt.generation.sampling import distribution, draw, penalised
 
@@ -25,7 +26,7 @@ class Proposal(NamedTuple):
 class Proposer(Protocol):
     """Guesses for one row. Called each time with a text that begins with the one of the time before."""
 
-    def propose(self, text: Text, count: int, generator: torch.Generator) -> Proposal:
+    def propose(self, text: Text, count: int, generator: Generator) -> Proposal:
         """What may come after `text`: at most `count` tokens, or none."""
         ...
 
@@ -47,7 +48,7 @@ class Text(NamedTuple):
 
 def after_penalties(scores: Scores, sampling: Sampling, text: Text, guesses: Sequence[int]) -> Tensor:
     """Logits (n, V) after the penalties; place j of the n stands after `text` and the first j guesses."""
-    if not History.matters(sampling):
+    if not sampling.has_penalties:
         return scores.logits
     written = torch.tensor(text.written, dtype=torch.long).bincount(minlength=scores.logits.size(-1))  # (V,)
     counts = written.repeat(len(scores.logits), 1)  # (n, V)
@@ -69,7 +70,7 @@ class Draft:
         self._sure = 0
         """So many tokens of `_fed` are surely the text's."""
 
-    def propose(self, text: Text, count: int, generator: torch.Generator) -> Proposal:
+    def propose(self, text: Text, count: int, generator: Generator) -> Proposal:
         """The last guess is never read, so a full context still gives one."""
         ids = text.ids
         count = min(count, self._context - len(ids) + 1)
@@ -116,7 +117,7 @@ class Lookup:
         self._after: dict[tuple[int, ...], int] = {}
         """Where each run of tokens was last followed by something: the place of what followed."""
 
-    def propose(self, text: Text, count: int, generator: torch.Generator) -> Proposal:
+    def propose(self, text: Text, count: int, generator: Generator) -> Proposal:
         """The newest occurrence of the longest run wins. What is copied may run into the copy, as in LZ77: "ababa" -> "babab"."""
         ids = text.ids
         self._index(ids)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from glassgpt.config.generate import Sampling
+from glassgpt.generation.generator import Generator
 
 
 def exact(logits: Tensor) -> Tensor:
@@ -53,23 +56,23 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
-def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+def choose(logits: Tensor, sampling: Sampling, generators: Sequence[Generator]) -> Tensor:
     """The next token (B,) of each row. Temperature 0 needs no distribution: it is the exact argmax."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     return draw(distribution(logits, sampling), generators)
 
 
-def draw(probabilities: Tensor, generators: list[torch.Generator]) -> Tensor:
+def draw(probabilities: Tensor, generators: Sequence[Generator]) -> Tensor:
     """One token (B,) per row, by inverting the cumulative distribution at the row's own random number.
 
     Every row has its own generator and takes one number a step, so no row's text depends on its batch-mates.
     """
     number = torch.float32 if probabilities.device.type == "mps" else torch.float64  # MPS has no float64
-    uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(number)
+    uniform = torch.tensor([generator.uniform() for generator in generators], dtype=number, device=probabilities.device)
     cumulative = probabilities.to(number).cumsum(-1)
     total = cumulative[:, -1:].contiguous()
-    point = uniform.to(cumulative.device)[:, None] * total
+    point = uniform[:, None] * total
     # the first token whose cumulative mass exceeds the point; rounding must not pass the last possible one
     drawn = torch.searchsorted(cumulative, point, right=True)
     last = torch.searchsorted(cumulative, total)

@@ -14,27 +14,12 @@ from torch import Tensor
 
 from glassgpt.config import UserError
 from glassgpt.config.generate import Sampling
-from glassgpt.generation import engine
+from glassgpt.generation.acceptance import Acceptance
 from glassgpt.generation.engine import Token, as_tokens, fit
+from glassgpt.generation.generator import Generator
 from glassgpt.generation.proposers import Draft, Lookup, Proposal, Proposer, Text, after_penalties
 from glassgpt.generation.runner import Model, Runner, Scores, start
 from glassgpt.generation.sampling import distribution, draw
-
-
-@dataclass
-class Acceptance:
-    """How good the guesses were, counted while the text is written."""
-
-    proposed: int = 0
-    accepted: int = 0
-    passes: int = 0
-    """Forward passes of the model, those that read the prompts included."""
-    tokens: int = 0
-    """Tokens written."""
-
-    def as_json(self) -> dict[str, float | None]:
-        share = self.accepted / self.proposed if self.proposed else None
-        return vars(self) | {"acceptance": share, "tokens_a_pass": self.tokens / self.passes if self.passes else None}
 
 
 @dataclass(frozen=True)
@@ -51,12 +36,16 @@ class Guesses:
     def proposer(self, sampling: Sampling, n_ids: int | None) -> Proposer:
         return Lookup(self.lookup) if self.draft is None else Draft(self.draft, sampling, n_ids)
 
+    def stream(self, counts: Acceptance | None = None) -> Callable[..., Iterator[Token]]:
+        """`stream` with these guesses: called as `engine.stream` is."""
+        return functools.partial(stream, guesses=self, counts=counts)
+
 
 def stream(
     model: Model,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[Generator],
     max_new_tokens: int,
     ends: Callable[[Token], bool] = lambda token: False,
     n_top: int = 0,
@@ -92,11 +81,6 @@ def stream(
             proposer.close()
 
 
-def either(guesses: Guesses | None, counts: Acceptance | None = None) -> Callable[..., Iterator[Token]]:
-    """`engine.stream`, or `stream` with these guesses."""
-    return engine.stream if guesses is None else functools.partial(stream, guesses=guesses, counts=counts)
-
-
 class Writer:
     """Writes one row."""
 
@@ -106,7 +90,7 @@ class Writer:
         runner: Runner,
         proposer: Proposer,
         sampling: Sampling,
-        generator: torch.Generator,
+        generator: Generator,
         n_top: int,
         counts: Acceptance,
     ) -> None:
@@ -151,8 +135,7 @@ class Writer:
 
 def likeliest(scores: Scores, sampling: Sampling, text: Text, guesses: Sequence[int]) -> list[int]:
     """The likeliest tokens, up to the first that was not guessed, which is right all the same."""
-    logits = after_penalties(scores, sampling, text, guesses)
-    best = scores.best if logits is scores.logits else logits.argmax(-1).tolist()  # guesses + 1
+    best = scores.best if not sampling.has_penalties else after_penalties(scores, sampling, text, guesses).argmax(-1).tolist()
     right = 0
     for guess, token_id in zip(guesses, best, strict=False):
         if guess != token_id:
@@ -161,7 +144,7 @@ def likeliest(scores: Scores, sampling: Sampling, text: Text, guesses: Sequence[
     return best[: right + 1]
 
 
-def checked(p: Callable[[int], Tensor], guess: Proposal, generator: torch.Generator) -> list[int]:
+def checked(p: Callable[[int], Tensor], guess: Proposal, generator: Generator) -> list[int]:
     """Guesses drawn from q, accepted or replaced so that what comes out is distributed as p (V,) of its place.
 
     Guess x is accepted with probability min(1, p(x) / q(x)); the first that is not gives way to a draw from max(0, p - q), which
@@ -171,8 +154,7 @@ def checked(p: Callable[[int], Tensor], guess: Proposal, generator: torch.Genera
     for place, token_id in enumerate(guess.ids):
         target = p(place)
         q = certain(token_id, target) if guess.probabilities is None else guess.probabilities[place].to(target.device)
-        u = torch.rand((), generator=generator, dtype=torch.float64)
-        if float(u) * float(q[token_id]) >= float(target[token_id]):
+        if generator.uniform() * float(q[token_id]) >= float(target[token_id]):
             more = (target - q).clamp(min=0)
             instead = more if bool(more.any()) else target  # p and q differ by rounding alone
             return [*guess.ids[:place], *draw(instead[None], [generator]).tolist()]

@@ -11,17 +11,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from glassgpt.config import UserError
 from glassgpt.config.generate import Generate, Sampling
-from glassgpt.generation import engine, speculative
-from glassgpt.generation.backend import open_guesses, open_model
+from glassgpt.generation import engine
+from glassgpt.generation.acceptance import Acceptance
 from glassgpt.generation.engine import Token
+from glassgpt.generation.generator import Generator
+from glassgpt.generation.opening import open_guesses, open_model
 from glassgpt.generation.runner import Model
-from glassgpt.generation.speculative import Acceptance, Guesses
 from glassgpt.text import Tokenizer
+
+if TYPE_CHECKING:
+    from glassgpt.generation.speculative import Guesses
 
 OPTIONS = ("max_new_tokens", "stop", "overflow", "ignore_end")
 """What besides the sampling, the seed and the numbers decides a text."""
@@ -128,14 +131,14 @@ def complete(
     keep = max(context // 2, context - max_new_tokens + 1) if drop_oldest else None
     encoded = [engine.fit(tokenizer.encode_start(prompt), context, keep) for prompt in prompts]
     ids = [row for row in encoded for _ in range(n)]
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + row % n) % 2**63) for row in range(len(ids))]
+    generators = [Generator(seed * 1_000_003 + row % n) for row in range(len(ids))]
     rows = [Row(stop, lambda piece, row=row: show(row, piece)) for row in range(len(ids))]  # type: ignore[misc]
 
     def ends(token: Token) -> bool:
         is_end = token.id == tokenizer.end_id and not ignore_end
         return rows[token.row].add(token, tokenizer.token_bytes(token.id), is_end)
 
-    stream = speculative.either(guesses, counts)
+    stream = engine.stream if guesses is None else guesses.stream(counts)
     for _ in stream(model, ids, sampling, generators, max_new_tokens, ends, n_top, tokenizer.vocab_size):
         pass
     for row in rows:

@@ -16,7 +16,7 @@ from torch import Tensor
 from glassgpt.config import UserError
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import KVCache, distribution
-from glassgpt.generation.engine import History
+from glassgpt.generation.history import History
 from glassgpt.generation.sampling import entropy, exact, penalised
 from glassgpt.model import GPT
 
@@ -81,7 +81,7 @@ def rest(shown: Sequence[NextToken]) -> float:
 
 def _after_penalties(logits: Tensor, sampling: Sampling, prompt: Sequence[int], written: Tensor | None = None) -> Tensor:
     """Logits (B, V) of rows that have seen the same prompt and have since written (B, t) ids."""
-    if not History.matters(sampling):
+    if not sampling.has_penalties:
         return logits
     history = History([prompt] * len(logits), logits.size(-1), logits.device)
     for drawn in () if written is None else written.T:

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.files import from_plain
+from glassgpt.config.folder import ADAPTER_CONFIG_FILE, read_json
 from glassgpt.config.tuning import LoraConfig
 from glassgpt.model import weights
 from glassgpt.model.families import Stored, family_of
 from glassgpt.model.gpt import GPT
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."  # of every name in a file
@@ -310,12 +310,7 @@ def _ends_as(pattern: str, module: str) -> bool:
 def read_settings(folder: Path) -> Settings:
     """Read `adapter_config.json`. Raises UserError naming the field that cannot be represented."""
     path = folder / ADAPTER_CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
+    values = read_json(path)
     ours = {f.name for f in dataclasses.fields(Settings)}
     for name, value in {"peft_type": "", **values}.items():
         if name in NEEDS and value not in NEEDS[name]:

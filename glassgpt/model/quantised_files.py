@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from glassgpt.config import ModelConfig, UserError
-from glassgpt.config.files import from_plain
-from glassgpt.config.quantize import PREFIX, VERSION, Recipe
+from glassgpt.config.folder import RECIPE
+from glassgpt.config.quantize import Recipe
 from glassgpt.model.gpt import GPT
 from glassgpt.model.quantised import QuantisedMatrix, put, quantised_modules, recipe_of, targets
 
-KEY = PREFIX.removesuffix(".")
-"""Of `model.json`."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -32,20 +30,10 @@ class Expected(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
 
 
-def read_recipe(values: Any) -> Recipe:
-    """What `model.json` says under "quantisation". Raises UserError for a newer version and for what no recipe says."""
-    version = values.get("version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version > VERSION:
-        raise UserError(f"made by a newer GlassGPT ({KEY} version {version}; this one reads {VERSION}): upgrade GlassGPT")
-    if version != VERSION:
-        raise UserError(f"{KEY}.version must be {VERSION}; got {version!r}")
-    return from_plain(Recipe, values, where=PREFIX)
-
-
 def recipe_values(model: GPT) -> dict[str, Any]:
     """What `model.json` gets beside the configuration: nothing for a plain model."""
     recipe = recipe_of(model)
-    return {} if recipe is None else {KEY: dataclasses.asdict(recipe)}
+    return {} if recipe is None else {RECIPE: dataclasses.asdict(recipe)}
 
 
 def to_tensors(model: GPT) -> dict[str, Tensor]:
@@ -64,10 +52,10 @@ def expected(config: ModelConfig, recipe: Recipe) -> dict[str, Expected]:
     known = targets(model)
     for name, bits in recipe.matrices.items():
         if name not in known:
-            raise UserError(f"{KEY}.matrices names {name}, which this network has not")
+            raise UserError(f"{RECIPE}.matrices names {name}, which this network has not")
         N, K = found.pop(f"{name}.weight").shape
         if K % (recipe.group or K):
-            raise UserError(f"{KEY}.group is {recipe.group}, which does not divide the {K} inputs of {name}")
+            raise UserError(f"{RECIPE}.group is {recipe.group}, which does not divide the {K} inputs of {name}")
         found[f"{name}.codes"] = Expected((N, K if bits == 8 else -(-K // 2)), (torch.uint8,))
         found[f"{name}.scales"] = Expected((N, K // (recipe.group or K)), (torch.bfloat16 if recipe.group else torch.float32,))
     return found

@@ -22,16 +22,11 @@ from torch import Tensor
 
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.errors import first_line
-from glassgpt.config.files import from_plain
-from glassgpt.config.quantize import Recipe
+from glassgpt.config.folder import CONFIG_FILE, HF_CONFIG_FILE, SHARDED, WEIGHTS_FILE, read_json, read_own, read_recipe
 from glassgpt.model import quantised_files
 from glassgpt.model.families import Family, Stored, family, family_of
 from glassgpt.model.gpt import GPT
 
-CONFIG_FILE = "model.json"
-WEIGHTS_FILE = "model.safetensors"
-SHARDED = "sharded"  # folder of the parts that several processes have written
-HF_CONFIG_FILE = "config.json"
 HF_WEIGHTS_FILES = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -58,29 +53,9 @@ def save_config(model: GPT, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n")
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The configuration of one of our folders."""
-    return _read_own(folder)[0]
-
-
-def read_recipe(folder: Path) -> Recipe | None:
-    """How the model of one of our folders was quantised; None for a plain one."""
-    return _read_own(folder)[1]
-
-
-def _read_own(folder: Path) -> tuple[ModelConfig, Recipe | None]:
-    path = folder / CONFIG_FILE
-    values = _read_json(path)
-    is_quantised, recipe = quantised_files.KEY in values, values.pop(quantised_files.KEY, None)
-    try:
-        return from_plain(ModelConfig, values), quantised_files.read_recipe(recipe) if is_quantised else None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
 def load(folder: Path) -> GPT:
     """Read one of our folders. Raises UserError naming every tensor that is missing, unexpected or of a wrong shape."""
-    config, recipe = _read_own(folder)
+    config, recipe = read_own(folder)
     if recipe is not None:
         return quantised_files.from_tensors(config, recipe, _read_tensors(folder, [WEIGHTS_FILE]), folder)
     tensors = _read_sharded(config, folder) if (folder / SHARDED).is_dir() else _read_tensors(folder, [WEIGHTS_FILE])
@@ -136,7 +111,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
 
 
 def _read_hf(folder: Path) -> tuple[Family, ModelConfig]:
-    values = _read_json(folder / HF_CONFIG_FILE)
+    values = read_json(folder / HF_CONFIG_FILE)
     try:
         kind = family(values.get("model_type"))
         return kind, kind.read(values)
@@ -285,7 +260,7 @@ def _weights_files(folder: Path, candidates: Sequence[str]) -> list[Path]:
     path = next((folder / name for name in candidates if (folder / name).is_file()), None)
     if path is None or path.suffix != ".json":
         return [path] if path else []
-    parts = _read_json(path).get("weight_map")
+    parts = read_json(path).get("weight_map")
     if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
         raise UserError(f"{path}: expected a `weight_map` from tensors to files")
     files = [folder / part for part in sorted(set(parts.values()))]
@@ -314,13 +289,3 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 def _damaged(path: Path, error: BaseException) -> UserError:
     return UserError(f"{path}: truncated or not a weights file ({first_line(error)}); download or copy it again")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return values

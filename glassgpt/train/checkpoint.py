@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from glassgpt.config import UserError
 from glassgpt.config.errors import first_line
 from glassgpt.config.files import complete_folder
+from glassgpt.config.folder import SHARDED
 from glassgpt.loading import COMPLETE_FILE, complete_checkpoints
 from glassgpt.model import GPT, lora, weights
 from glassgpt.text import Tokenizer
@@ -99,7 +100,7 @@ def _write_parts(folder: Path, own: dict[str, Tensor], state: dict[str, Tensor])
     tensors = {f"{MODEL}{name}": tensor for name, tensor in own.items()}
     tensors |= {f"{OPTIMIZER}{name}": _at_least_1d(tensor) for name, tensor in state.items()}
     try:
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / weights.SHARDED), save_distributed=True))
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDED), save_distributed=True))
     except CheckpointException as error:  # no Exception to Python
         raise UserError(f"cannot write {folder}: {first_line(error)}; nothing that was there before has changed") from error
 
@@ -133,7 +134,7 @@ def restore(folder: Path, module: nn.Module, optimizers: list[Optimizer]) -> int
     model, head = _parts_of(module)
     try:
         step = int(facts(folder)["step"])
-        if (folder / weights.SHARDED).is_dir():
+        if (folder / SHARDED).is_dir():
             _read_parts(folder, model, optimizers)
             return step
         if (folder / lora.ADAPTER_FILE).is_file():

@@ -15,6 +15,7 @@ from glassgpt.config.generate import Sampling
 from glassgpt.config.tuning import Rollouts
 from glassgpt.data.records import Record
 from glassgpt.generation import stream
+from glassgpt.generation.generator import Generator
 from glassgpt.model import GPT, lora
 from glassgpt.text import Tokenizer
 from glassgpt.train import machine, parallel
@@ -65,7 +66,7 @@ def write(
     with machine.eager():
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
-            generators = [torch.Generator().manual_seed(seeds[row]) for row in part]
+            generators = [Generator(seeds[row]) for row in part]
             tokens = stream(
                 model,
                 [prompts[row] for row in part],

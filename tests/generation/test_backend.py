@@ -16,10 +16,10 @@ from torch import Tensor
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.compute import Compute
 from glassgpt.config.speculation import MOST_PROPOSALS, Speculation
-from glassgpt.generation import backend as backend_module
-from glassgpt.generation import native
-from glassgpt.generation.backend import backend, open_guesses, open_model, plain, precision_of, same_tokens
-from glassgpt.generation.runner import PlainRunner
+from glassgpt.generation import native, opening
+from glassgpt.generation.backend import backend, plain, precision_of
+from glassgpt.generation.opening import open_guesses, open_model, same_tokens
+from glassgpt.generation.plain_runner import PlainRunner
 from glassgpt.model import GPT, weights
 from glassgpt.model.quantised import quantised_modules, round_to_nearest
 from glassgpt.text import Tokenizer
@@ -68,7 +68,9 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 class Fake:
     """Stands for the native engine: PyTorch under another name, which remembers how it was opened."""
 
-    def __init__(self, model: GPT, **asked: Any) -> None:
+    def __init__(self, model: GPT | native.Stored, **asked: Any) -> None:
+        if isinstance(model, native.Stored):
+            raise native.Unfit("a network is needed")
         self.config, self.asked, self.precision = model.config, asked, asked["precision"]
         self.stored = precision_of(model)
         self._model = model.float()
@@ -227,7 +229,7 @@ def test_mistakes(generate: Run, model: Path) -> None:
 
 
 def test_nobody_guesses_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_module, "open_model", lambda *_: pytest.fail("nothing is to be opened"))
+    monkeypatch.setattr(opening, "open_model", lambda *_: pytest.fail("nothing is to be opened"))
     assert open_guesses(Speculation(), TOKENIZER, "cpu", Compute()) is None
     found = open_guesses(Speculation(lookup=4, proposals=7), TOKENIZER, "cpu", Compute())
     assert found is not None

@@ -19,6 +19,7 @@ from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import Completion, Token, complete, stream
 from glassgpt.generation.engine import fit
+from glassgpt.generation.generator import Generator
 from glassgpt.generation.sampling import penalised
 from glassgpt.generation.writer import StopText
 from glassgpt.model import GPT, weights
@@ -75,7 +76,7 @@ def run(
     n_top: int = 0,
 ) -> list[list[Token]]:
     """The tokens of each row."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
+    generators = [Generator(seed) for seed in seeds or range(len(prompts))]
     rows: list[list[Token]] = [[] for _ in prompts]
     for token in stream(model, prompts, sampling, generators, max_new_tokens, ends, n_top):
         rows[token.row].append(token)
@@ -263,7 +264,7 @@ def test_a_short_row_runs_on_after_a_long_one_is_full(model: GPT) -> None:
 
 def test_tokens_come_step_by_step_rows_in_order(model: GPT) -> None:
     """Two rows take turns until the longer prompt has filled the context."""
-    generators = [torch.Generator() for _ in range(2)]
+    generators = [Generator() for _ in range(2)]
     order = [token.row for token in stream(model, [[1] * 22, [1] * 20], FREE, generators, 100)]
     assert order == [0, 1] * 3 + [1] * 2
 

@@ -9,9 +9,7 @@ import copy
 import functools
 import gc
 import math
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,11 +23,13 @@ from glassgpt.config.generate import Sampling
 from glassgpt.config.model import MoeConfig, RopeConfig
 from glassgpt.config.quantize import Recipe
 from glassgpt.generation import Token, complete, stream
-from glassgpt.generation.native import NativeModel, Unavailable, build, library
-from glassgpt.generation.native import model as native_model
+from glassgpt.generation.generator import Generator
+from glassgpt.generation.native import NativeModel, Unavailable
 from glassgpt.generation.runner import Scores
 from glassgpt.model import GPT
 from glassgpt.model.quantised import Codes, dequantised, put, round_to_nearest, targets
+
+Mutant = Callable[[str, str, str], None]
 
 PAGE = 64
 """Positions that lie together in the engine's cache."""
@@ -61,40 +61,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 # ---------------------------------------------------------------------- the engine under test
-
-
-@pytest.fixture(scope="session")
-def emulated() -> Any:
-    """The library with AMX's tiles in plain C++, for processors that have none."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "INSTRUCTION_SETS", {name: build.INSTRUCTION_SETS[name] for name in ("portable", "amx")})
-        return library.opened(str(build.library(flags=["-DGG_AMX_EMULATED"])))
-
-
-@pytest.fixture(params=[*list(build.INSTRUCTION_SETS)[:-1], pytest.param("amx", marks=pytest.mark.slow)])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set of this processor, and AMX."""
-    name: str = request.param
-    try:
-        there = library.kernels()
-    except Unavailable as error:
-        pytest.skip(f"the native engine cannot be compiled: {error}")
-    if name == "amx" and name not in there:
-        found = request.getfixturevalue("emulated")
-        monkeypatch.setattr(native_model, "library", lambda: found)
-    elif name not in there:
-        pytest.skip(f"this processor has other instruction sets: no {name}")
-    return name
-
-
-@pytest.fixture
-def portable(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The one set that every machine has."""
-    try:
-        library.kernels()
-    except Unavailable as error:
-        pytest.skip(f"the native engine cannot be compiled: {error}")
-    return "portable"
 
 
 @functools.cache
@@ -470,7 +436,7 @@ def test_weights_that_are_no_numbers(kernels: str, precision: str, place: str) -
     assert 0 <= scores.best[0] < native.config.vocab_size
     for sampling in (Sampling(temperature=0), Sampling(), Sampling(repetition_penalty=1.2)):
         with pytest.raises(UserError, match="the model's logits are not numbers"):
-            list(stream(native, [[0]], sampling, [torch.Generator()], 3))
+            list(stream(native, [[0]], sampling, [Generator()], 3))
 
 
 def test_one_logit_that_is_no_number(portable: str) -> None:
@@ -487,7 +453,7 @@ def test_one_logit_that_is_no_number(portable: str) -> None:
 
 
 def written(model: GPT | NativeModel, prompts: list[list[int]], sampling: Sampling, **options: Any) -> list[Token]:
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    generators = [Generator(seed) for seed in range(len(prompts))]
     return list(stream(model, prompts, sampling, generators, 25, **options))
 
 
@@ -671,17 +637,8 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[str], None]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_wrong_kernels_are_noticed(name: str, portable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, right, wrong, check = MUTANTS[name]
-    sources = tmp_path / "src"
-    shutil.copytree(build.SOURCES, sources)
-    text = (sources / file).read_text()
-    assert text.count(right) == 1
-    (sources / file).write_text(text.replace(right, wrong))
-    monkeypatch.setattr(build, "SOURCES", sources)
-    monkeypatch.setattr(build, "INSTRUCTION_SETS", {"portable": []})
-    path = build.build(tmp_path, "wrong", build.find_compiler(), ["-O1"])
-    mutant = library.opened(str(path))
-    monkeypatch.setattr(native_model, "library", lambda: mutant)
+def test_wrong_kernels_are_noticed(name: str, portable: str, mutant: Mutant) -> None:
+    *change, check = MUTANTS[name]
+    mutant(*change)
     with pytest.raises(AssertionError):
         check(portable)

@@ -127,7 +127,7 @@ def test_instruction_sets_that_the_compiler_does_not_know(
     (link,) = [line for line in asked(tmp_path) if "-shared" in line]
     for name in build.INSTRUCTION_SETS:
         assert (f"-DGG_HAS_{name.upper()} " in dispatch) == (f"kernels-{name}.o" in link) == (name in there)
-    assert all(f"/{name}.o" in link for name in ("engine", "matrix", "dispatch"))
+    assert all(f"/{name}.o" in link for name in ("engine", "matrix", "draw", "dispatch"))
 
 
 def test_other_processors(cache: Path, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_other_processors(cache: Path, compiler: Compiler, tmp_path: Path, monke
     monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
     compiler("")
     build.library()
-    assert len(asked(tmp_path)) == 5  # portable kernels, engine, matrix, dispatch, the library
+    assert len(asked(tmp_path)) == 6  # portable kernels, engine, matrix, draw, dispatch, the library
     assert not any("-mavx" in line for line in asked(tmp_path))
     compiler('case "$*" in *GG_ISA=portable*) echo "error: broken" >&2; exit 1;; esac')
     with pytest.raises(Unavailable, match="error: broken"):

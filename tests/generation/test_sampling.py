@@ -27,6 +27,7 @@ from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import distribution, draw, stream
 from glassgpt.generation import sampling as sampling_module
+from glassgpt.generation.generator import Generator
 from glassgpt.generation.sampling import entropy, penalised
 
 INF = math.inf
@@ -128,7 +129,7 @@ def test_temperature_zero_is_argmax(logits: list[float]) -> None:
     for sampling in (Sampling(temperature=0), Sampling(temperature=0, top_k=1, top_p=0.01, min_p=1)):
         p = distribution(row(logits), sampling)[0]
         assert p.tolist() == [float(token == logits.index(max(logits))) for token in range(len(logits))]
-        assert int(draw(p[None], [torch.Generator()])) == logits.index(max(logits))
+        assert int(draw(p[None], [Generator()])) == logits.index(max(logits))
 
 
 @settings(deadline=None)
@@ -256,7 +257,7 @@ def test_settings_without_meaning_are_refused(name: str, values: list[float]) ->
 
 def pretend_random(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
     """Make `draw` find this number in every generator."""
-    monkeypatch.setattr(torch, "rand", lambda *size, generator, dtype: torch.tensor(number, dtype=dtype))
+    monkeypatch.setattr(Generator, "uniform", lambda self: number)
 
 
 @settings(deadline=None)
@@ -269,7 +270,7 @@ def test_draw_inverts_the_cumulative_distribution(weights: list[float], data: st
     number = data.draw(st.sampled_from([0.0, 1 - 2**-53, *borders]) | st.floats(0, 1, exclude_max=True))
     with pytest.MonkeyPatch.context() as patch:
         pretend_random(patch, number)
-        drawn = int(draw(p, [torch.Generator()]))
+        drawn = int(draw(p, [Generator()]))
     assert weights[drawn] > 0
     point = number * ends[-1]
     assert point < ends[drawn] or number == 1 - 2**-53
@@ -281,7 +282,7 @@ def test_draw_never_takes_what_is_impossible(monkeypatch: pytest.MonkeyPatch, nu
     """Zeros at both ends and thousands of float32 roundings between; 1.0 is what a float32 device may round u to."""
     pretend_random(monkeypatch, number)
     weights = torch.cat([torch.zeros(5), torch.linspace(1e-9, 1e-3, 3000), torch.zeros(5)])
-    drawn = int(draw((weights / weights.sum())[None], [torch.Generator()]))
+    drawn = int(draw((weights / weights.sum())[None], [Generator()]))
     assert drawn == (5 if number == 0 else 3004)
 
 
@@ -289,8 +290,8 @@ def test_rows_have_their_own_randomness() -> None:
     """A row's draws depend on its own generator only, wherever it stands in the batch."""
     p = torch.full((3, 1000), 1e-3)
 
-    def seeds(*numbers: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(number) for number in numbers]
+    def seeds(*numbers: int) -> list[Generator]:
+        return [Generator(number) for number in numbers]
 
     one, two, three = draw(p, seeds(1, 2, 3)).tolist()
     assert draw(p, seeds(3, 1, 2)).tolist() == [three, one, two]
@@ -328,7 +329,7 @@ def wrong_not_renormalised(logits: Tensor, sampling: Sampling) -> Tensor:
     return p.scatter_add(-1, p.argmax(-1, keepdim=True), 1 - p.sum(-1, keepdim=True))
 
 
-def first_tokens(sampling: Sampling, generators: list[torch.Generator]) -> tuple[list[float], list[int]]:
+def first_tokens(sampling: Sampling, generators: list[Generator]) -> tuple[list[float], list[int]]:
     """Exact probabilities of the token after a prompt, and how often the engine wrote each."""
     model = disturbed(CONFIG)
     prompt = [3, 1, 4]
@@ -338,8 +339,8 @@ def first_tokens(sampling: Sampling, generators: list[torch.Generator]) -> tuple
     return naive(logits, sampling), [drawn[token] for token in range(CONFIG.vocab_size)]
 
 
-def one_generator() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(0)] * DRAWS
+def one_generator() -> list[Generator]:
+    return [Generator(0)] * DRAWS
 
 
 def fit(exact: list[float], counts: list[int]) -> float:
@@ -360,7 +361,7 @@ def test_draws_follow_the_exact_distribution(sampling: Sampling) -> None:
 
 def test_draws_of_neighbouring_seeds_follow_it_too() -> None:
     """The first tokens of 20,000 texts with seeds 0, 1, 2 ...: seeds that differ by one are independent."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(DRAWS)]
+    generators = [Generator(seed) for seed in range(DRAWS)]
     assert fit(*first_tokens(SETTINGS[1], generators)) > 1e-3
 
 

@@ -19,8 +19,10 @@ from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import engine, proposers, speculative
 from glassgpt.generation.engine import Token
+from glassgpt.generation.generator import Generator
+from glassgpt.generation.plain_runner import TensorScores
 from glassgpt.generation.proposers import Lookup, Proposal, Text
-from glassgpt.generation.runner import Model, Scores
+from glassgpt.generation.runner import Model
 from glassgpt.generation.sampling import distribution, draw, penalised
 from glassgpt.generation.speculative import Acceptance, Guesses
 from glassgpt.model import GPT
@@ -41,7 +43,7 @@ def written(
 ) -> list[list[Token]]:
     """The tokens of each row: plainly, or by guesses."""
     rows: list[list[Token]] = [[] for _ in prompts]
-    generators = [torch.Generator().manual_seed(row) for row in range(len(prompts))]
+    generators = [Generator(row) for row in range(len(prompts))]
     if guesses is None:
         tokens = engine.stream(model, prompts, sampling, generators, max_new_tokens, **options)
     else:
@@ -123,7 +125,7 @@ def test_a_wrong_guesser_changes_nothing() -> None:
 
 def test_what_is_looked_up() -> None:
     """What followed the newest occurrence of the longest run; it may run into itself."""
-    generator = torch.Generator()
+    generator = Generator()
     for ids, count, expected in [
         ([1, 2, 3, 4, 9, 2, 3], 3, [4, 9, 2]),
         ([1, 2, 3, 4, 2, 3, 5, 2, 3], 2, [5, 2]),
@@ -186,11 +188,13 @@ class TableRunner:
     def lengths(self) -> list[int]:
         return list(map(len, self._rows))
 
-    def feed(self, tokens: Sequence[Sequence[int]], every: bool = False) -> Scores:
+    def feed(self, tokens: Sequence[Sequence[int]], every: bool = False) -> TensorScores:
         before = self._rows or [()] * len(tokens)
         self._rows = [(*row, *new) for row, new in zip(before, tokens, strict=True)]
         ends = [range(len(old) + 1 if every else len(row), len(row) + 1) for old, row in zip(before, self._rows, strict=True)]
-        return Scores(torch.stack([self._table.after(row[:end]) for row, of in zip(self._rows, ends, strict=True) for end in of]))
+        return TensorScores(
+            torch.stack([self._table.after(row[:end]) for row, of in zip(self._rows, ends, strict=True) for end in of])
+        )
 
     def keep(self, rows: Sequence[int]) -> None:
         self._rows = [self._rows[row] for row in rows]
@@ -233,7 +237,7 @@ def exact_joint(target: Table, sampling: Sampling) -> dict[tuple[int, ...], floa
 
 def p_value(sampling: Sampling, guesses: Guesses, draws: int = DRAWS) -> float:
     """Of a chi-square test that the texts drawn have the exact joint distribution; rare texts are counted as one."""
-    generator = torch.Generator().manual_seed(7)
+    generator = Generator(7)
     prompts, rows = [PROMPT] * draws, [[] for _ in range(draws)]  # type: ignore[var-annotated]
     for token in speculative.stream(TARGET, prompts, sampling, [generator] * draws, LENGTH, guesses=guesses):
         rows[token.row].append(token.id)
@@ -278,21 +282,21 @@ def test_for_every_sampling_and_guesser(name: str, who: str, proposals: int) -> 
     assert p_value(SAMPLINGS[name], dataclasses.replace(WHO[who], proposals=proposals)) > 0.001
 
 
-def from_p(p: Callable[[int], Tensor], guess: Proposal, generator: torch.Generator) -> list[int]:
+def from_p(p: Callable[[int], Tensor], guess: Proposal, generator: Generator) -> list[int]:
     """A refused guess gives way to a draw from p itself, not from what p has more than q."""
     kept = true_checked(p, guess, generator)[:-1]
     return [*kept, *draw(p(len(kept))[None], [generator]).tolist()]
 
 
-def always(p: Callable[[int], Tensor], guess: Proposal, generator: torch.Generator) -> list[int]:
+def always(p: Callable[[int], Tensor], guess: Proposal, generator: Generator) -> list[int]:
     """Every guess is accepted."""
     return [*guess.ids, *draw(p(len(guess.ids))[None], [generator]).tolist()]
 
 
-def by_p_alone(p: Callable[[int], Tensor], guess: Proposal, generator: torch.Generator) -> list[int]:
+def by_p_alone(p: Callable[[int], Tensor], guess: Proposal, generator: Generator) -> list[int]:
     """A guess is accepted with probability p(x), as if it had been certain, but replaced as if it had not."""
     for place, token_id in enumerate(guess.ids):
-        if float(torch.rand((), generator=generator, dtype=torch.float64)) >= float(p(place)[token_id]):
+        if generator.uniform() >= float(p(place)[token_id]):
             assert guess.probabilities is not None
             more = (p(place) - guess.probabilities[place]).clamp(min=0)
             return [*guess.ids[:place], *draw(more[None], [generator]).tolist()]
@@ -319,7 +323,7 @@ def test_guesses_without_their_penalties_are_noticed(monkeypatch: pytest.MonkeyP
 def test_the_expected_number_accepted_is_the_overlap() -> None:
     """sum(min(p, q)), place by place: no rule can accept more."""
     p, q = (torch.tensor(row, dtype=torch.float64) for row in ([0.5, 0.3, 0.2, 0.0], [0.2, 0.1, 0.3, 0.4]))
-    generator = torch.Generator().manual_seed(3)
+    generator = Generator(3)
     accepted = 0
     for _ in range(4_000):
         guess = Proposal(draw(q[None], [generator]).tolist(), q[None])
@@ -330,7 +334,7 @@ def test_the_expected_number_accepted_is_the_overlap() -> None:
 def test_p_equal_to_q_up_to_rounding() -> None:
     """A guess that is refused by rounding alone leaves nothing that p has more: it gives way to a draw from p."""
     p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([[0.5, 0.5, 0.25]])
-    found = speculative.checked(lambda place: p, Proposal([2], q), torch.Generator().manual_seed(0))
+    found = speculative.checked(lambda place: p, Proposal([2], q), Generator(0))
     assert found in ([0], [1])
 
 

@@ -12,6 +12,7 @@ from glassgpt.config import ModelConfig
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import KVCache, Token, complete, stream
 from glassgpt.generation.cache import GROWTH, as_batch
+from glassgpt.generation.generator import Generator
 from glassgpt.model import GPT
 
 TOKENIZER = few_merges()
@@ -110,7 +111,7 @@ LENGTHS = (12, 5, 12, 8)
 def written(model: GPT, sampling: Sampling) -> list[list[Token]]:
     """Rows of `LENGTHS` tokens, so that the batch shrinks and its padding with it."""
     rows: list[list[Token]] = [[] for _ in PROMPTS]
-    generators = [torch.Generator().manual_seed(row) for row in range(len(PROMPTS))]
+    generators = [Generator(row) for row in range(len(PROMPTS))]
 
     def ends(token: Token) -> bool:
         rows[token.row].append(token)

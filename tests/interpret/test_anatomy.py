@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glassgpt.config import PRESETS, ModelConfig, UserError, preset
 from glassgpt.config.files import from_plain
+from glassgpt.config.folder import WEIGHTS_FILE
 from glassgpt.config.info import Info
 from glassgpt.config.model import MoeConfig
 from glassgpt.generation.cache import KVCache
@@ -336,7 +337,7 @@ def test_a_stored_model_is_described_by_its_files(tmp_path: Path, capsys: pytest
     weights.save(GPT(preset("tiny", n_layer=3, tied_head=False)), tmp_path, torch.float16)
     facts = info(Info(str(tmp_path)))
     text = capsys.readouterr().out
-    stored = safetensors.torch.load_file(tmp_path / weights.WEIGHTS_FILE)
+    stored = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
     assert facts.config.n_layer == 3
     assert {tensor.dtype for tensor in facts.tensors} == {"float16"}
     assert facts.stored_bytes == sum(tensor.nbytes for tensor in stored.values())

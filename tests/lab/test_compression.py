@@ -22,6 +22,7 @@ from glassgpt.compress.windows import windows
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.compression import Compression
 from glassgpt.config.compute import Compute
+from glassgpt.config.folder import WEIGHTS_FILE
 from glassgpt.generation import native
 from glassgpt.lab.compression import compression as module
 from glassgpt.lab.compression import labels, report, speed, variants
@@ -325,7 +326,7 @@ def test_measures_what_was_written(call: tiny.Run, model: Path, text: Path, tmp_
         assert by_name[name]["quality"]["equal_greedy"] == expected.equal_greedy < 1
     numbers = sum(parameter.numel() for parameter in plain.parameters())
     assert abs(by_name["float32"]["bytes"] - by_name["bfloat16"]["bytes"] - 2 * numbers) < 64  # the headers' own lengths
-    assert by_name["m"]["bytes"] == by_name["bfloat16"]["bytes"] == (model / weights.WEIGHTS_FILE).stat().st_size
+    assert by_name["m"]["bytes"] == by_name["bfloat16"]["bytes"] == (model / WEIGHTS_FILE).stat().st_size
     assert by_name["m"]["quality"] == by_name["bfloat16"]["quality"] == by_name["float32"]["quality"] == said["original"]
     for name in ("magnitude-50", "wanda-2:4"):  # zeros are stored like other numbers
         assert by_name[name]["bytes"] == by_name["bfloat16"]["bytes"] and by_name[name]["parameters"] == numbers

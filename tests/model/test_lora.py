@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glassgpt.config import UserError
+from glassgpt.config.folder import ADAPTER_CONFIG_FILE
 from glassgpt.config.generate import Sampling
 from glassgpt.config.model import MoeConfig
 from glassgpt.config.tuning import LoraConfig
 from glassgpt.generation.cache import KVCache
 from glassgpt.generation.engine import stream
+from glassgpt.generation.generator import Generator
 from glassgpt.model import GPT, lora, weights
 from glassgpt.model.families import Stored
 from glassgpt.model.lora import Adapter, LoraLinear, adapters, add, disabled, linears, load_adapter, merge, save_adapter
@@ -449,7 +451,7 @@ def test_cache_and_generation(name: str) -> None:
         assert error(torch.cat(parts, dim=1), plain(ids)) < BAR
     written = []
     for network in (model, plain):
-        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        generators = [Generator(seed) for seed in range(2)]
         written.append([t.id for t in stream(network, ids.tolist(), Sampling(temperature=2.0), generators, 8)])
     assert written[0] == written[1] and len(written[0]) == 16
 
@@ -516,7 +518,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
 def test_what_is_written(tmp_path: Path) -> None:
     model = adapted("as GPT-2", targets=("qkv", "down"), alpha=16.0)
     save_adapter(model, tmp_path, "gpt2")
-    values = json.loads((tmp_path / lora.ADAPTER_CONFIG_FILE).read_text())
+    values = json.loads((tmp_path / ADAPTER_CONFIG_FILE).read_text())
     assert values["target_modules"] == ["c_attn", "mlp.c_proj"]
     assert values["fan_in_fan_out"] is True
     assert (values["r"], values["lora_alpha"], values["base_model_name_or_path"]) == (3, 16, "gpt2")
@@ -565,7 +567,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
-    path = folder / lora.ADAPTER_CONFIG_FILE
+    path = folder / ADAPTER_CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -598,13 +600,13 @@ def test_settings_that_cannot_be_represented(changes: dict[str, Any], said: str,
     rewrite(folder, **changes)
     with pytest.raises(UserError, match=said) as caught:
         load_adapter(small("grouped, as Llama"), folder)
-    assert str(folder / lora.ADAPTER_CONFIG_FILE) in str(caught.value)
+    assert str(folder / ADAPTER_CONFIG_FILE) in str(caught.value)
 
 
 def test_what_peft_writes_by_default_is_nowhere_refused(tmp_path: Path) -> None:
     """Every field of today's `peft`."""
     made_by_peft(theirs(small("as GPT-2"), tmp_path / "base"), tmp_path, r=2, target_modules=["c_attn"])
-    values = json.loads((tmp_path / lora.ADAPTER_CONFIG_FILE).read_text())
+    values = json.loads((tmp_path / ADAPTER_CONFIG_FILE).read_text())
     assert len(values) > 30
     assert lora.read_settings(tmp_path).base_model_name_or_path == str(tmp_path / "base")
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import glassgpt
 from glassgpt import interpret
 from glassgpt.config import ModelConfig, UserError
+from glassgpt.config.folder import WEIGHTS_FILE, read_config, read_own
 from glassgpt.config.hub import Export
 from glassgpt.config.model import MoeConfig
 from glassgpt.config.quantize import Recipe, stored_bytes
@@ -248,7 +249,7 @@ def test_a_folder_gives_the_same_bits(slot: str, bits: int, group: int | None, h
     assert torch.equal(again(ids), model(ids))
     assert quantised.recipe_of(again) == quantised.recipe_of(model) and again.config == model.config
     held = sum(t.numel() * t.element_size() for t in [*again.parameters(), *again.buffers()])
-    file = tmp_path / "m" / weights.WEIGHTS_FILE
+    file = tmp_path / "m" / WEIGHTS_FILE
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert held == file.stat().st_size - header  # nothing else is kept in memory
     facts = anatomy(*find_config(tmp_path / "m"))
@@ -309,7 +310,7 @@ def test_a_folder_that_is_not_what_it_says(change: Any, message: str, tmp_path: 
 
 def test_damaged_weights(tmp_path: Path) -> None:
     folder = folder_of(small(exact.shape(), 4, 8, 8), tmp_path / "m")
-    file = folder / weights.WEIGHTS_FILE
+    file = folder / WEIGHTS_FILE
     whole = file.read_bytes()
     tensors = safetensors.torch.load(whole)  # not from the file, which is cut under it
     file.write_bytes(whole[: len(whole) // 2])
@@ -387,7 +388,7 @@ def test_exported_are_the_numbers_that_the_codes_stand_for(stored: Path, to: str
 def test_the_recipe_is_beside_the_configuration(stored: Path) -> None:
     values = json.loads((stored / "model.json").read_text())
     assert values["quantisation"]["version"] == 1 and values["quantisation"]["matrices"]["blocks.0.attn.qkv"] == 8
-    assert weights.read_config(stored) == ModelConfig(**{**exact.SHAPE, "vocab_size": values["vocab_size"]})
-    assert set(quantised_files.expected(*weights._read_own(stored))) == set(  # type: ignore[arg-type]
+    assert read_config(stored) == ModelConfig(**{**exact.SHAPE, "vocab_size": values["vocab_size"]})
+    assert set(quantised_files.expected(*read_own(stored))) == set(  # type: ignore[arg-type]
         safetensors.torch.load_file(stored / "model.safetensors")
     )

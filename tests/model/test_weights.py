@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from glassgpt.config import ModelConfig, UserError
+from glassgpt.config.folder import CONFIG_FILE, WEIGHTS_FILE
 from glassgpt.model import GPT, weights
 
 LOGITS = 1e-10
@@ -399,7 +400,7 @@ def test_save_in_another_precision(tmp_path: Path) -> None:
 
 def test_tied_head_is_stored_once(tmp_path: Path) -> None:
     weights.save(random_model(TINY, torch.float32), tmp_path)
-    stored = safetensors.torch.load_file(tmp_path / weights.WEIGHTS_FILE)
+    stored = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
     assert "token_embedding.weight" in stored
     assert "head.weight" not in stored
 
@@ -412,7 +413,7 @@ def test_our_folder_refuses_what_does_not_fit(tmp_path: Path) -> None:
         weights.load(tmp_path)
     assert "norm_f.bias: missing, expected shape (8,)" in str(caught.value)
     assert "extra: unexpected, shape (8,)" in str(caught.value)
-    path = tmp_path / weights.CONFIG_FILE
+    path = tmp_path / CONFIG_FILE
     path.write_text(path.read_text().replace("n_head", "n_haed"))
     with pytest.raises(UserError, match=r"model\.json: unknown key 'n_haed' \(did you mean 'n_head'\?\)"):
         weights.load(tmp_path)

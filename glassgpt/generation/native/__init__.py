@@ -3,7 +3,19 @@
 from glassgpt.generation.native.build import Unavailable
 from glassgpt.generation.native.library import kernels, measure_bandwidth, measure_rate
 from glassgpt.generation.native.model import NativeModel
+from glassgpt.generation.native.stored import Stored, Unfit
+from glassgpt.generation.native.threads import default_threads
 
 open_model = NativeModel
 
-__all__ = ["NativeModel", "Unavailable", "kernels", "measure_bandwidth", "measure_rate", "open_model"]
+__all__ = [
+    "NativeModel",
+    "Stored",
+    "Unavailable",
+    "Unfit",
+    "default_threads",
+    "kernels",
+    "measure_bandwidth",
+    "measure_rate",
+    "open_model",
+]

@@ -107,7 +107,7 @@ def build(folder: Path, name: str, compiler: str, flags: list[str]) -> Path:
 
     try:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            rest = [pool.submit(compiled, name, str(SOURCES / f"{name}.cpp")) for name in ("engine", "matrix")]
+            rest = [pool.submit(compiled, name, str(SOURCES / f"{name}.cpp")) for name in ("engine", "matrix", "draw")]
             found = dict(zip(sets, pool.map(kernels, sets), strict=True))
             has = [f"-DGG_HAS_{name.upper()}" for name, out in found.items() if out]
             objects = [out for out in found.values() if out] + [job.result() for job in rest]

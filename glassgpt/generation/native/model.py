@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import weakref
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from glassgpt.config import UserError
+from glassgpt.config.generate import Sampling
+from glassgpt.generation.generator import Generator
 from glassgpt.generation.native import packing
 from glassgpt.generation.native.library import checked, library
-from glassgpt.generation.runner import Scores
-from glassgpt.model import GPT
+from glassgpt.generation.native.stored import Stored
+from glassgpt.generation.native.threads import default_threads, pytorch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from glassgpt.model import GPT
 
 KNOWN: dict[str, tuple[object, ...]] = {
     "precision": ("as-is", "float32", "bfloat16", "int8", "int4"),
@@ -30,7 +36,7 @@ class NativeModel:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | Stored,
         *,
         precision: Literal["as-is", "float32", "bfloat16", "int8", "int4"] = "as-is",
         activations: Literal[8, 16] = 16,
@@ -41,17 +47,18 @@ class NativeModel:
     ) -> None:
         """Pack `model`, which is not needed afterwards; with `release` its memory is taken on the way, and it is of no more use.
 
-        `precision` is that of the matrices; a quantised model keeps its own. `activations` are the bits of what quantised
-        matrices read. `cache` is the numbers of the keys and values: `auto` is float32 for float32 weights, else bfloat16.
-        `kernels` names an instruction set of `library.kernels()` (default: the best). Raises Unavailable.
+        `precision` is that of the matrices; a quantised model keeps its own, and a `Stored` one was told before. `activations`
+        are the bits of what quantised matrices read. `cache` is the numbers of the keys and values: `auto` is float32 for float32
+        weights, else bfloat16. `kernels` names an instruction set of `library.kernels()` (default: the best). Raises Unavailable,
+        and Unfit for numbers of a `Stored` one.
         """
         for name, value in (("precision", precision), ("activations", activations), ("cache", cache)):
             if value not in KNOWN[name]:
                 raise UserError(f"{name} must be one of {', '.join(map(str, KNOWN[name]))}; got {value!r}")
-        self.config, self.device = model.config, torch.device("cpu")
-        self.precision = packing.precision_of(model) if precision == "as-is" else precision
+        source = model if isinstance(model, Stored) else _network(model, precision)
+        self.config, self.precision = source.config, source.precision
         self.cache = ("float32" if self.precision == "float32" else "bfloat16") if cache == "auto" else cache
-        self.activations, self.threads = activations, threads or torch.get_num_threads()
+        self.activations, self.threads = activations, threads or default_threads()
         shape = packing.shape_of(self.config, self.cache, activations)
         self.lib = library()
         self.engine: Any = self.lib.glass_new(ctypes.byref(shape), self.threads, kernels.encode() if kernels else None)
@@ -59,7 +66,7 @@ class NativeModel:
             raise UserError(self.lib.glass_error().decode())
         self.finalizer = weakref.finalize(self, self.lib.glass_free, self.engine)
         self.finalizer.atexit = False  # runners may still have their rows then
-        packing.pack(self.lib, self.engine, model, precision, release)
+        packing.pack(self.lib, self.engine, source, release)
 
     @property
     def kernels(self) -> str:
@@ -76,24 +83,30 @@ class NativeModel:
         return NativeRunner(self, n_ids)
 
 
+def _network(model: GPT, precision: str) -> packing.Source:
+    from glassgpt.generation.native.network import Network
+
+    return Network(model, precision)
+
+
 class NativeRunner:
     """Rows of tokens and their keys and values. Rows of different length stand side by side without padding."""
 
     def __init__(self, model: NativeModel, n_ids: int | None) -> None:
-        self.config, self.device = model.config, model.device
+        self.config = model.config
         self._model, self._lib, self._engine = model, model.lib, model.engine
         self._n_ids = n_ids or model.config.vocab_size
         self._stride = -(-model.config.vocab_size // PANEL) * PANEL
         self._rows: list[int] = []  # the engine's numbers of them
         self._lengths: list[int] = []
-        self._room = torch.empty(0, self._stride)  # for logits: fresh memory for each token would cost a twentieth of its time
+        self._room = _Room(0, self._stride)
         self._last: _Pass | None = None
 
     @property
     def lengths(self) -> list[int]:
         return list(self._lengths)
 
-    def feed(self, tokens: Sequence[Sequence[int]], every: bool = False) -> Scores:
+    def feed(self, tokens: Sequence[Sequence[int]], every: bool = False) -> NativeScores:
         """Append tokens[i] to row i; a row may also get none (then it has no scores). The next call overwrites the logits."""
         if not self._rows:
             self._rows = [self._lib.glass_sequence_new(self._engine) for _ in tokens]
@@ -105,16 +118,17 @@ class NativeRunner:
         if self._last is None or self._last.counts != (counts, every):
             ends = zip(accumulate(counts), counts, strict=True)
             wanted = list(range(sum(counts))) if every else [end - 1 for end, count in ends if count]
-            if self._room.size(0) < len(wanted):
-                self._room = torch.empty(len(wanted), self._stride)
-            self._last = _Pass(self._rows, counts, every, wanted, self._room[: len(wanted)], self._n_ids)
+            if self._room.rows < len(wanted):
+                self._room = _Room(len(wanted), self._stride)
+            self._last = _Pass(self._rows, counts, every, wanted, self._room, self._n_ids)
         self._last.tokens[:] = [token for ids in tokens for token in ids]
         result = self._lib.glass_forward(self._engine, *self._last.arguments)
         if result < 0 and b"bad_alloc" in self._lib.glass_error():
             raise UserError("not enough memory for the keys and values; write fewer or shorter texts, or use --cache int8")
         checked(self._lib, result)
         self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
-        return self._last.scores()
+        last = self._last
+        return NativeScores(self._model, self._room, self._n_ids, range(len(last.best)), last.best[:], last.log_total[:])
 
     def fork(self, rows: Sequence[int]) -> None:
         """Row i becomes a copy of row rows[i]; copies share the cache of what they have in common."""
@@ -142,6 +156,16 @@ class NativeRunner:
         self.close()
 
 
+class _Room:
+    """Memory for logits (rows, stride): fresh memory for each token would cost a twentieth of its time."""
+
+    def __init__(self, rows: int, stride: int) -> None:
+        self.rows, self.stride = rows, stride
+        self.memory = mmap.mmap(-1, max(1, 4 * rows * stride))  # begins where a page does
+        self.numbers = (ctypes.c_float * (rows * stride)).from_buffer(self.memory)
+        self.address = ctypes.addressof(self.numbers)
+
+
 class _Pass:
     """The arguments of a forward pass, and the memory of its results.
 
@@ -149,33 +173,52 @@ class _Pass:
     good part of their time, as the weights have pushed it out of every cache.
     """
 
-    def __init__(
-        self, texts: Sequence[int], counts: list[int], every: bool, wanted: list[int], room: torch.Tensor, n_ids: int
-    ) -> None:
+    def __init__(self, texts: Sequence[int], counts: list[int], every: bool, wanted: list[int], room: _Room, n_ids: int) -> None:
         """`texts` are the engine's numbers of the rows, which get `counts` tokens each. Scores are `wanted` after these n of all
-        tokens; `room` (n, V padded) is for their logits."""
+        tokens; `room` (n or more rows) is for their logits."""
         self.counts = (counts, every)
         count = sum(counts)
         self.tokens = (ctypes.c_int32 * count)()
-        self._logits, self._stride = room[:, :n_ids], room.stride(0)  # (n, V)
-        self._numbers = (ctypes.c_float * room.numel()).from_address(room.data_ptr()) if wanted else None
-        self._best, self._log_total = (ctypes.c_int32 * len(wanted))(), (ctypes.c_float * len(wanted))()
+        self.best, self.log_total = (ctypes.c_int32 * len(wanted))(), (ctypes.c_float * len(wanted))()
         of_tokens = [text for text, n in zip(texts, counts, strict=True) for _ in range(n)]
         self.arguments = (
             *(count, self.tokens, packing.as_ints(of_tokens), len(wanted), packing.as_ints(wanted), n_ids),
-            *(room.data_ptr(), room.stride(0), self._best, self._log_total),
+            *(room.address, room.stride, self.best, self.log_total),
         )
 
-    def scores(self) -> Scores:
-        return _Scores(self._logits, self._best[:], self._log_total[:], self._numbers, self._stride)
 
+class NativeScores:
+    """`Scores` in the engine's memory, until the next pass."""
 
-class _Scores(Scores):
-    """Reads single logits from memory."""
+    def __init__(
+        self, model: NativeModel, room: _Room, n_ids: int, places: Sequence[int], best: list[int], log_total: list[float]
+    ) -> None:
+        """`places` are the room's rows."""
+        self._model, self._room, self._n_ids, self._places = model, room, n_ids, places
+        self.best, self.log_total = best, log_total
 
-    def __init__(self, logits: torch.Tensor, best: list[int], log_total: list[float], numbers: Any, stride: int) -> None:
-        super().__init__(logits, best, log_total)
-        self._numbers, self._stride = numbers, stride
+    @property
+    def logits(self) -> Tensor:
+        torch = pytorch()
+        room = torch.frombuffer(self._room.memory, dtype=torch.float32, count=self._room.rows * self._room.stride)
+        logits: Tensor = room.view(self._room.rows, self._room.stride)[:, : self._n_ids]
+        places = self._places
+        return logits[places.start : places.stop] if isinstance(places, range) else logits[list(places)]
 
     def logits_of(self, ids: Sequence[int]) -> list[float]:
-        return [self._numbers[place * self._stride + token_id] for place, token_id in enumerate(ids)]
+        numbers, stride = self._room.numbers, self._room.stride
+        return [numbers[place * stride + token_id] for place, token_id in zip(self._places, ids, strict=True)]
+
+    def draw(self, sampling: Sampling, generators: Sequence[Generator]) -> list[int]:
+        if sampling.temperature == 0:
+            return self.best
+        rules = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+        lib, engine, room = self._model.lib, self._model.engine, self._room
+        return [
+            lib.glass_draw(engine, room.address + 4 * place * room.stride, self._n_ids, best, *rules, generator.uniform())
+            for place, best, generator in zip(self._places, self.best, generators, strict=True)
+        ]
+
+    def of(self, places: Sequence[int]) -> NativeScores:
+        best, log_total = [self.best[i] for i in places], [self.log_total[i] for i in places]
+        return NativeScores(self._model, self._room, self._n_ids, [self._places[i] for i in places], best, log_total)

@@ -16,6 +16,7 @@ from glassgpt.config import OptimConfig, UserError, preset
 from glassgpt.config.bench import BenchDevice
 from glassgpt.config.generate import Sampling
 from glassgpt.generation import stream
+from glassgpt.generation.generator import Generator
 from glassgpt.model import GPT, fused, use_attention
 from glassgpt.train import machine, optim
 from glassgpt.train.loss import Scored
@@ -71,9 +72,8 @@ def _measure(model: GPT, precision: str, config: BenchDevice) -> Row:
             optimizer.zero_grad(set_to_none=True)
 
     def generate() -> None:
-        generator = torch.Generator().manual_seed(0)
         with low_precision:
-            for _ in stream(model, [[0]], Sampling(temperature=0), [generator], config.new_tokens):
+            for _ in stream(model, [[0]], Sampling(temperature=0), [Generator()], config.new_tokens):
                 pass
 
     use_attention(model, machine.attend_by(device))

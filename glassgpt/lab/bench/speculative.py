@@ -7,7 +7,6 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -17,8 +16,10 @@ from glassgpt.config.generate import Sampling
 from glassgpt.config.speculation import Speculation
 from glassgpt.data.progress import tracked
 from glassgpt.generation import engine
-from glassgpt.generation.backend import Opened, open_guesses, open_model
-from glassgpt.generation.speculative import Acceptance, Guesses, either
+from glassgpt.generation.acceptance import Acceptance
+from glassgpt.generation.generator import Generator
+from glassgpt.generation.opening import Opened, open_guesses, open_model
+from glassgpt.generation.speculative import Guesses
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _prompts(config: BenchSpeculative, opened: Opened) -> dict[str, list[int]]:
     room = opened.model.config.context_tokens
     if len(begun) + config.quoted_tokens + config.again_tokens >= room:
         raise UserError(f"the quotation does not fit the context of {room} tokens; lower --quoted_tokens or --again_tokens")
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = Generator(config.seed)
     story = begun + [
         token.id
         for token in engine.stream(
@@ -103,9 +104,9 @@ def _timed(
     for turn in tracked(range(config.repeats + 1), f"{prompt}, temperature {temperature:g}"):
         for name, guess in guesses.items():
             counts[name] = Acceptance()
-            generators = [torch.Generator().manual_seed(config.seed)]
+            generators = [Generator(config.seed)]
             stamps, written[name] = [], []
-            write = either(guess, counts[name])
+            write = engine.stream if guess is None else guess.stream(counts[name])
             sampling = Sampling(temperature=temperature)
             for token in write(opened.model, [ids], sampling, generators, room, n_ids=opened.tokenizer.vocab_size):
                 stamps.append(time.perf_counter())

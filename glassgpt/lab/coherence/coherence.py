@@ -27,6 +27,7 @@ from glassgpt.config.files import to_plain
 from glassgpt.config.generate import Sampling
 from glassgpt.data.progress import steps
 from glassgpt.generation import stream
+from glassgpt.generation.generator import Generator
 from glassgpt.interpret.heads import pattern_distance
 from glassgpt.interpret.hooks import capture
 from glassgpt.lab.bootstrap import Interval
@@ -183,7 +184,7 @@ def keeps_topic(
 
 def continued(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], config: Coherence) -> list[list[int]]:
     """The ids that the model writes after each prompt, all as one batch."""
-    generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + row) for row in range(len(prompts))]
+    generators = [Generator(config.seed * 1_000_003 + row) for row in range(len(prompts))]
     written: list[list[int]] = [[] for _ in prompts]
     sampling, total = Sampling(config.temperature), len(prompts) * config.new_tokens
     with steps("texts") as progress:

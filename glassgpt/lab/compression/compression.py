@@ -20,8 +20,9 @@ from glassgpt.config import UserError
 from glassgpt.config.compression import Compression
 from glassgpt.config.compute import Compute
 from glassgpt.config.files import to_plain
+from glassgpt.config.folder import WEIGHTS_FILE
 from glassgpt.generation import native
-from glassgpt.generation.backend import same_tokens
+from glassgpt.generation.opening import same_tokens
 from glassgpt.interpret.inspect import check_path
 from glassgpt.lab.bench.generate.result import spread
 from glassgpt.lab.compression import report
@@ -31,7 +32,6 @@ from glassgpt.lab.compression.variants import NAMES, is_calibrated, made, named,
 from glassgpt.loading import find, load, pick_device
 from glassgpt.model import GPT
 from glassgpt.model.quantised import parameter_count, recipe_of
-from glassgpt.model.weights import WEIGHTS_FILE
 from glassgpt.text import Tokenizer
 
 SPEED_MARGIN = 0.05

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from glassgpt.config.compute import Compute
 from glassgpt.config.generate import Sampling
 from glassgpt.data.progress import steps
 from glassgpt.generation import stream
 from glassgpt.generation.backend import backend, precision_of
+from glassgpt.generation.generator import Generator
 from glassgpt.generation.runner import Model
 from glassgpt.loading import load
 from glassgpt.model import GPT
@@ -67,7 +66,7 @@ def rates(models: Mapping[str, Ready], prompt: Sequence[int], new_tokens: int, r
 
 def decode_rate(model: Model, prompt: Sequence[int], new_tokens: int) -> float:
     """Greedy tokens a second after a prompt, from the first new one to the last."""
-    tokens = stream(model, [prompt], Sampling(temperature=0), [torch.Generator()], new_tokens)
+    tokens = stream(model, [prompt], Sampling(temperature=0), [Generator()], new_tokens)
     next(tokens)
     began = time.perf_counter()
     return sum(1 for _ in tokens) / (time.perf_counter() - began)

@@ -20,6 +20,7 @@ from glassgpt.config.generate import Sampling
 from glassgpt.config.ladder import Ladder, Rung
 from glassgpt.data import Batch
 from glassgpt.generation import KVCache, stream
+from glassgpt.generation.generator import Generator
 from glassgpt.model import GPT, plain, use_attention
 from glassgpt.train import machine, optim
 from glassgpt.train.loss import Scored
@@ -134,7 +135,7 @@ def _token_seconds(model: GPT, config: Ladder, device: torch.device) -> float:
     prompt = [number % model.config.vocab_size for number in range(max(1, T // 2))]
     new_tokens = max(2, min(DECODED_TOKENS, T // 2))
     with machine.autocast(device, config.precision):  # a token's id is on this side when it is given out, so its step is over
-        written = stream(model.eval(), [prompt], Sampling(temperature=0), [torch.Generator()], new_tokens)
+        written = stream(model.eval(), [prompt], Sampling(temperature=0), [Generator()], new_tokens)
         stamps = [time.perf_counter() for _ in written]
     model.train()
     return (stamps[-1] - stamps[0]) / (len(stamps) - 1)

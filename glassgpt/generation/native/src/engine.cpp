@@ -3,6 +3,7 @@
 #include "engine.h"
 
 #include "cache.h"
+#include "draw.h"
 #include "kernels.h"
 #include "matrix.h"
 #include "team.h"
@@ -512,6 +513,20 @@ int32_t glass_forward(glass_engine* engine, int32_t count, const int32_t* tokens
         engine->forward(count, tokens, sequences, wanted, rows, ids, logits, stride, best, log_total);
         return 0;
     }, -1);
+}
+
+int32_t glass_draw(const glass_engine* engine, const float* logits, int32_t ids, int32_t best, float temperature, int32_t top_k, float top_p,
+                   float min_p, double point) {
+    return guarded([&] { return draw(*engine->kernels, logits, ids, best, {temperature, top_k, top_p, min_p}, point); }, -1);
+}
+
+int64_t glass_widen(int32_t format, const void* from, int64_t count, float* to) {
+    int64_t useless = 0;
+    for (int64_t i = 0; i < count; i++) {
+        to[i] = format == kBfloat16 ? from_bfloat16(static_cast<const uint16_t*>(from)[i]) : static_cast<const float*>(from)[i];
+        useless += to[i] == 0 || !std::isfinite(to[i]);
+    }
+    return useless;
 }
 
 double glass_bandwidth(int64_t bytes, int32_t threads) {

@@ -57,6 +57,14 @@ GLASS int64_t glass_cache_bytes(glass_engine*);
 GLASS int32_t glass_forward(glass_engine*, int32_t count, const int32_t* tokens, const int32_t* sequences, int32_t wanted, const int32_t* rows,
                       int32_t ids, float* logits, int64_t stride, int32_t* best, float* log_total);
 
+// One of `ids` ids, drawn by `point` (at least 0, below 1) from what the rules leave of the logits (draw.h). `best` is the first
+// largest logit's; the temperature is above 0.
+GLASS int32_t glass_draw(const glass_engine*, const float* logits, int32_t ids, int32_t best, float temperature, int32_t top_k, float top_p,
+                         float min_p, double point);
+
+// Numbers of a format (float32 or bfloat16) as float32; gives how many of them are 0 or not finite.
+GLASS int64_t glass_widen(int32_t format, const void* from, int64_t count, float* to);
+
 // The machine: bytes a second read by so many threads from `bytes` of memory; operations a second (a multiply-add is two).
 GLASS double glass_bandwidth(int64_t bytes, int32_t threads);
 GLASS double glass_rate(int32_t format, int32_t threads, const char* kernels);

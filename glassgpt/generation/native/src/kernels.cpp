@@ -358,6 +358,17 @@ static void log_sum(const float* x, int n, float* maximum, float* total) {
     *total = added(sums);  // NaN if any x is
 }
 
+static void shares(const float* x, int n, float largest, float temperature, float* shares) {
+    const int whole = n / L * L;
+    for (int i = 0; i < whole; i += L) store(shares + i, exponential((load(x + i) - largest) / temperature));
+    if (whole < n) {
+        F rest = {};
+        memcpy(&rest, x + whole, 4 * (n - whole));
+        rest = exponential((rest - largest) / temperature);
+        memcpy(shares + whole, &rest, 4 * (n - whole));
+    }
+}
+
 // ---- attention ------------------------------------------------------------------------------------------------------------
 
 // Scores of one query (keys first ... position) to e**(score - largest); what it does not see is 0. Gives their sum. All loops
@@ -482,5 +493,5 @@ static uint64_t read(const uint8_t* data, int64_t bytes) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = {GG_NAME, multiply, prepare, norm, activate, attend, log_sum, rate, read};
+const Kernels kernels = {GG_NAME, multiply, prepare, norm, activate, attend, log_sum, shares, rate, read};
 }  // namespace GG_ISA

@@ -80,6 +80,8 @@ struct Kernels {
     void (*attend)(const Pages&, const Query* queries, int count, float scale, float* scratch);
     // Of x (n): max, and sum of exp(x - max).
     void (*log_sum)(const float* x, int n, float* maximum, float* total);
+    // e**((x - largest) / temperature) of x (n), none above `largest`.
+    void (*shares)(const float* x, int n, float largest, float temperature, float* shares);
     // Operations a second of one thread's multiply-adds in registers, float32, bfloat16 or 8 bits; each counts as two.
     double (*rate)(Format);
     // Reads so many bytes (a multiple of 256) as fast as it can; gives some number made of them.

@@ -38,27 +38,25 @@ class System:
     """A model of ours, and what runs it."""
 
     def __init__(self, files: Path, variant: str, threads: int) -> None:
+        if not variant.startswith("plain-"):
+            from glassgpt.generation import native
+
+            activations: Literal[8, 16] = 8 if variant.endswith("-a8") else 16
+            self.model: Any = native.open_model(native.Stored(files), activations=activations, threads=threads, release=True)
+            return
         import torch
 
-        from glassgpt.generation import native
         from glassgpt.model import weights
 
         torch.set_num_threads(threads)
-        model = weights.load(files).eval()
-        activations: Literal[8, 16] = 8 if variant.endswith("-a8") else 16
-        self.model: Any = model
-        if not variant.startswith("plain-"):
-            self.model = native.open_model(model, activations=activations, threads=threads, release=True)
-            torch.set_num_threads(1)  # as `generate` does
+        self.model = weights.load(files).eval()
 
     def generate(self, prompts: list[list[int]], new_tokens: int, stamp: Callable[[], None]) -> list[list[int]]:
-        import torch
-
         from glassgpt.config.generate import Sampling
-        from glassgpt.generation import stream
+        from glassgpt.generation import Generator, stream
 
         ids: list[list[int]] = [[] for _ in prompts]
-        generators = [torch.Generator().manual_seed(0) for _ in prompts]
+        generators = [Generator() for _ in prompts]
         for token in stream(self.model, prompts, Sampling(temperature=0), generators, new_tokens):
             ids[token.row].append(token.id)
             if token.row == len(prompts) - 1:

@@ -1,0 +1,279 @@
+"""A model read straight from its file: the same bits as by way of PyTorch, which is never imported; and what is left to it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exact import noisy, shape, tokens
+from tiny import Run, caller, few_merges
+from torch import Tensor
+
+from glassgpt.config import ModelConfig
+from glassgpt.config.compute import Compute
+from glassgpt.config.model import MoeConfig
+from glassgpt.config.quantize import Recipe
+from glassgpt.generation import native, opening
+from glassgpt.generation.native.stored import expected, mapped
+from glassgpt.generation.opening import open_model
+from glassgpt.model import GPT, weights
+from glassgpt.model.quantised import parameter_count, put, round_to_nearest, targets
+
+TOKENIZER = few_merges()
+MODERN: dict[str, Any] = {"norm": "rms", "mlp": "swiglu", "n_kv_head": 2, "bias": False, "qk_norm": True, "tied_head": False}
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "modern, without positions": MODERN | {"position": "none"},
+    "biases everywhere": MODERN | {"norm": "layer", "bias": True, "embedding_norm": True},
+    "bias of queries alone": {"bias": False, "qkv_bias": True, "mlp": "relu2", "norm": "rms"},
+    "no bias of queries": {"qkv_bias": False, "embedding_norm": True, "norm": "rms"},
+    "windows": {"spans": ("full", "window"), "window_tokens": 5, "logit_cap": 5.0, "attention_width": 32, "mlp_width": 50},
+}
+
+
+def small(**changes: Any) -> ModelConfig:
+    return shape(**{"vocab_size": TOKENIZER.vocab_size, "width": 32, "n_layer": 2} | changes)
+
+
+def saved(folder: Path, config: ModelConfig, stored: str = "float32") -> Path:
+    """A noisy model in a folder, its matrices in these numbers: a dtype, or bits and group."""
+    model = noisy(config, torch.float32, 0.1)
+    if stored.startswith("int"):
+        bits, group = (int(part) if part != "row" else None for part in stored.removeprefix("int").split("/"))
+        assert bits is not None
+        names = [name for name in targets(model) if "blocks.0.attn.out" not in name]  # one stays as it is
+        chosen = {name: bits if name != "token_embedding" else 8 for name in names}
+        parameters = {name: module.get_parameter("weight") for name, module in targets(model).items()}
+        put(model, {n: round_to_nearest(parameters[n], b, group) for n, b in chosen.items()}, Recipe(chosen, group))
+    folder.mkdir()
+    weights.save(model, folder, None if stored.startswith("int") else getattr(torch, stored))
+    TOKENIZER.save(folder)
+    return folder
+
+
+def logits(model: native.NativeModel, ids: Tensor) -> Tensor:
+    return model.start().feed(ids.tolist(), every=True).logits.clone()
+
+
+# ---------------------------------------------------------------------- the same model
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_names_and_shapes_are_the_networks(name: str) -> None:
+    config = small(**SHAPES[name])
+    with torch.device("meta"):
+        assert expected(config) == {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        *((name, "float32") for name in SHAPES),
+        ("plain", "bfloat16"),
+        *(("plain", f"int{kind}") for kind in ("8/row", "8/16", "4/8")),
+    ],
+)
+def test_the_same_bits(name: str, stored: str, portable: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", small(**SHAPES[name]), stored)
+    ids = tokens(small(**SHAPES[name]))
+    for precision in ("as-is", "float32", "bfloat16"):
+        source = native.Stored(folder, precision)
+        found = native.open_model(source, kernels=portable, threads=1)
+        network = weights.load(folder)
+        other = native.open_model(network, precision=precision, kernels=portable, threads=1)  # type: ignore[arg-type]
+        assert (found.precision, found.cache, found.nbytes) == (other.precision, other.cache, other.nbytes)
+        assert source.parameters == parameter_count(network)
+        assert torch.equal(logits(found, ids), logits(other, ids))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is in memory")
+def test_memory_is_given_back_and_the_file_left_alone(portable: str, tmp_path: Path) -> None:
+    """Of what the file is mapped to nothing but a few pages at its parts' ends stays in memory."""
+    folder = saved(tmp_path / "m", small(width=256, n_layer=4))
+    before = (folder / "model.safetensors").read_bytes()
+    for release, share in ((False, (0.9, 1.1)), (True, (0.0, 0.2))):
+        source = native.Stored(folder)
+        model = native.open_model(source, kernels=portable, threads=1, release=release)
+        resident = [
+            int(line.split()[1]) * 1024
+            for text in Path("/proc/self/smaps").read_text().split("model.safetensors")[1:]
+            for line in text.splitlines()
+            if line.startswith("Rss:")
+        ]
+        assert share[0] <= resident[0] / len(before) <= share[1]
+        assert logits(model, tokens(source.config)).isfinite().all()
+        del source, model
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+# ---------------------------------------------------------------------- without PyTorch
+
+COUNTED = """
+import sys
+from glassgpt.cli import main
+code = main(sys.argv[1:])
+print("torch" in sys.modules, code, file=sys.stderr)
+"""
+
+
+def test_texts_are_written_without_pytorch(portable: str, tmp_path: Path, start_python: Any) -> None:
+    """Drawn, by several rows and in a chat too; the words are those of PyTorch."""
+    folder = saved(tmp_path / "m", small(context_tokens=64))
+    lines = [
+        ("generate", folder, "the cat", "--temperature", 0),
+        ("generate", folder, "the cat", "mèo", "--n", 2, "--seed", 3, "--top_k", 30, "--top_p", 0.9, "--min_p", 0.01, "--json"),
+        ("generate", folder, "the cat", "--seed", 3, "--stop", "e"),
+        ("chat", folder, "--message", "hi", "--seed", 3, "--max_new_tokens", 8, "--json"),
+    ]
+    for line in lines:
+        out, errors = start_python(COUNTED, *line).communicate(timeout=60)
+        assert errors == "False 0\n"
+        plainly, errors = start_python(COUNTED, *line, "--engine", "plain").communicate(timeout=120)
+        assert errors == "True 0\n"
+        if "--json" in line:
+            out, plainly = (json.loads(text) for text in (out, plainly))
+            assert out.pop("engine") == "native" and plainly.pop("engine") == "plain"
+            assert (out.pop("activations"), out.pop("cache")) == (16, "float32")
+        assert out == plainly
+
+
+@pytest.mark.parametrize("more", [["--frequency_penalty", "0.5"], ["--logprobs", "2"], ["--lookup", "2"]])
+def test_what_needs_tensors_imports_it(more: list[str], portable: str, tmp_path: Path, start_python: Any) -> None:
+    folder = saved(tmp_path / "m", small(context_tokens=64))
+    line = ("generate", folder, "the cat", "--temperature", 0, *more)
+    out, errors = start_python(COUNTED, *line).communicate(timeout=60)
+    plainly, _ = start_python(COUNTED, *line, "--engine", "plain").communicate(timeout=60)
+    assert (errors, out) == ("True 0\n", plainly)
+
+
+# ---------------------------------------------------------------------- what is left to PyTorch
+
+
+@pytest.fixture
+def generate(capsys: pytest.CaptureFixture[str]) -> Run:
+    return caller("generate", capsys)
+
+
+def rewritten(change: Callable[[dict[str, Any], bytearray], None]) -> Callable[[Path], None]:
+    """Changes the header or the numbers of a file."""
+
+    def rewrite(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+        change(header, body)
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+    return rewrite
+
+
+def shorter(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def no_scale(header: dict[str, Any], body: bytearray) -> None:
+    begin, _ = header["blocks.1.mlp.up.scales"]["data_offsets"]
+    body[begin : begin + 2] = b"\x00\x00"
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut": (shorter, "truncated or not a weights file"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b"") and None, "truncated or not a weights file"),
+    "no file": (lambda folder: (folder / "model.safetensors").unlink(), "no weights found"),
+    "no header": (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 99) and None, "not a weights file"),
+    "a list": (lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]") and None, "weights"),
+    "another name": (rewritten(lambda header, _: header.update(x=header.pop("norm_f.bias"))), "norm_f.bias is missing"),
+    "a scale of 0": (rewritten(no_scale), "blocks.1.mlp.up.scales has numbers that are no scales"),
+    "another shape": (
+        rewritten(lambda header, _: header["norm_f.bias"].update(shape=[4, 8])),
+        "norm_f.bias is torch.float32 (4, 8), expected numbers (32,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_gets_one_line(name: str, generate: Run, portable: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", small(), "int8/16")
+    damage, said = DAMAGED[name]
+    damage(folder)
+    with pytest.raises(native.Unfit):
+        native.open_model(native.Stored(folder), threads=1)
+    result = generate(folder, "the cat", "--temperature", 0)
+    assert (result.code, result.out) == (2, "")
+    assert said in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"position": "rope"}, {"position": "alibi"}, {"spans": ("strided",), "window_tokens": 4}, {"moe": MoeConfig(4, 2)}],
+)
+def test_other_networks_go_the_long_way(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", small(**changes))
+    with pytest.raises(native.Unfit):
+        native.Stored(folder)
+
+
+@pytest.mark.parametrize("stored", ["float16", "float64"])
+def test_other_numbers_go_the_long_way(stored: str, tmp_path: Path) -> None:
+    with pytest.raises(native.Unfit):
+        native.Stored(saved(tmp_path / "m", small(), stored))
+
+
+def test_other_wishes_go_the_long_way(portable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding, PyTorch itself, an accelerator that may be there; and mistakes, which it tells."""
+    folder = saved(tmp_path / "m", small())
+    found = opening.find(folder)
+    assert opening._without_pytorch(found, "auto", Compute()) is not None or opening._may_have_gpu()
+    opened = opening._without_pytorch(found, "cpu", Compute(cache="int8", threads=1))
+    assert opened is not None and opened.used == {"engine": "native", "precision": "float32", "activations": 16, "cache": "int8"}
+    for device, wish in [
+        ("cuda", {}),
+        ("cpu", {"engine": "plain"}),
+        ("cpu", {"precision": "int8"}),
+        ("cpu", {"precision": "float64"}),
+        ("cpu", {"activations": 8}),
+    ]:
+        assert opening._without_pytorch(found, device, Compute(**wish)) is None  # type: ignore[arg-type]
+    monkeypatch.setattr(opening, "GPU_FILES", [str(folder)])
+    assert opening._without_pytorch(found, "auto", Compute()) is None
+    assert opening._without_pytorch(found, "cpu", Compute()) is not None
+
+
+def test_both_ways_tell_the_same(portable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stored in ("float32", "bfloat16", "int8/row", "int4/8"):
+        folder = saved(tmp_path / stored.replace("/", "-"), small(), stored)
+        for compute in (Compute(), Compute(precision="bfloat16"), Compute(cache="int8")):
+            short = open_model(str(folder), "cpu", compute)
+            with monkeypatch.context() as patch:
+                patch.setattr(opening, "_without_pytorch", lambda *_: None)
+                long = open_model(str(folder), "cpu", compute)
+            assert (short.used, short.parameters) == (long.used, long.parameters)
+            assert torch.equal(*(logits(one.model, tokens(small())) for one in (short, long)))  # type: ignore[arg-type]
+
+
+def test_places_in_a_file_must_fit(tmp_path: Path) -> None:
+    """Tensors that overlap, leave holes, lie askew or reach beyond the end."""
+    folder = saved(tmp_path / "m", small())
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    assert mapped(path)
+
+    def moved(by: int, name: str = "norm_f.weight") -> None:
+        def change(header: dict[str, Any], body: bytearray) -> None:
+            header[name]["data_offsets"] = [place + by for place in header[name]["data_offsets"]]
+
+        path.write_bytes(whole)
+        rewritten(change)(folder)
+
+    for by in (-4, 4, 1, 10**9, -(10**9)):
+        moved(by)
+        with pytest.raises(native.Unfit):
+            mapped(path)
