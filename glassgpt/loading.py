@@ -51,9 +51,9 @@ class Found(NamedTuple):
         there = self.stored()
         if not there.is_hf:
             return read_config(there.folder)
-        from glassgpt.model.weights import read_hf_config
+        from glassgpt.model.families import read_hf
 
-        return read_hf_config(there.folder)
+        return read_hf(there.folder)[1]
 
     def model(self, dtype: torch.dtype | None = None, merge: bool = True, plain: bool = False) -> GPT:
         """The network in `dtype` (None: as stored); an adapter is added to the weights, unless `merge` is False.
@@ -244,7 +244,8 @@ def download(config: Download) -> Path:
     """
     from huggingface_hub import constants, errors
 
-    from glassgpt.model import lora, weights
+    from glassgpt.model import lora
+    from glassgpt.model.families import read_hf
 
     repo, endpoint = config.repo, constants.ENDPOINT
     try:
@@ -266,7 +267,7 @@ def download(config: Download) -> Path:
     if (folder / ADAPTER_CONFIG_FILE).is_file():
         lora.read_settings(folder)
     else:
-        weights.read_hf_config(folder)
+        read_hf(folder)
     print(f"{repo}{'' if config.revision == 'main' else ', which opens by its folder,'} is in {folder}")
     return folder
 

@@ -68,15 +68,15 @@ def open_model(name: str, device: str, compute: Compute, is_draft: bool = False)
 def _without_pytorch(found: Found, device: str, compute: Compute) -> Opened | None:
     """A model whose file the native engine can read by itself; None for every other, and for one that is damaged."""
     on_cpu = device == "cpu" or (device == "auto" and not _may_have_gpu())
-    is_own = not found.is_hf and found.base is None
-    if not on_cpu or not is_own or compute.engine == "plain" or compute.precision not in ("as-is", "float32", "bfloat16"):
+    is_rounded = compute.precision not in ("as-is", "float32", "bfloat16")
+    if not on_cpu or compute.engine == "plain" or is_rounded or found.base is not None:
         return None
-    recipe = read_recipe(found.folder)
+    recipe = None if found.is_hf else read_recipe(found.folder)
     if recipe is None and compute.activations == 8:
         return None
+    precision = "float32" if recipe is None and compute.precision == "as-is" else compute.precision
     try:
-        is_float = recipe is None and compute.precision == "as-is"
-        source, tokenizer = native.Stored(found.folder, "float32" if is_float else compute.precision), found.tokenizer()
+        source, tokenizer = native.Stored(found.folder, precision, found.is_hf), found.tokenizer()
         if tokenizer.vocab_size > source.config.vocab_size:
             return None
         model = native.open_model(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from glassgpt.config import ModelConfig, UserError, nearest
 from glassgpt.config.files import from_plain
+from glassgpt.config.folder import HF_CONFIG_FILE, read_json
 from glassgpt.config.model import MoeConfig, RopeConfig, Span
 
 REQUIRED = object()
@@ -47,6 +49,12 @@ class Stored(NamedTuple):
     transposed: bool = False
     by_head: bool = False
     """Rows lie head by head, q k v of each, where ours have all q, then all k, then all v."""
+
+    def rows(self, config: ModelConfig, rows: int) -> list[int]:
+        """Rows of ours that each of the tensors named holds: all in one, or those of q, of k and of v."""
+        if len(self.names) == 1:
+            return [rows]
+        return [heads * config.head_width for heads in (config.n_head, config.kv_heads, config.kv_heads)]
 
 
 @dataclass(frozen=True)
@@ -526,6 +534,16 @@ BLOOM = dataclasses.replace(
 )
 
 FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, GPT_NEO, BLOOM)}
+
+
+def read_hf(folder: Path) -> tuple[Family, ModelConfig]:
+    """The table and the configuration of a Hugging Face folder. Raises UserError with the field that cannot be represented."""
+    values = read_json(folder / HF_CONFIG_FILE)
+    try:
+        kind = family(values.get("model_type"))
+        return kind, kind.read(values)
+    except UserError as error:
+        raise UserError(f"{folder / HF_CONFIG_FILE}: {error}") from error
 
 
 def family(model_type: object) -> Family:

@@ -24,7 +24,7 @@ from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.errors import first_line
 from glassgpt.config.folder import CONFIG_FILE, HF_CONFIG_FILE, SHARDED, WEIGHTS_FILE, read_json, read_own, read_recipe
 from glassgpt.model import quantised_files
-from glassgpt.model.families import Family, Stored, family, family_of
+from glassgpt.model.families import Family, Stored, family_of, read_hf
 from glassgpt.model.gpt import GPT
 
 HF_WEIGHTS_FILES = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -105,26 +105,12 @@ def config_to_hf(config: ModelConfig, end_id: int | None, dtype: torch.dtype, be
     }
 
 
-def read_hf_config(folder: Path) -> ModelConfig:
-    """The configuration of a Hugging Face folder. Raises UserError with the field that cannot be represented."""
-    return _read_hf(folder)[1]
-
-
-def _read_hf(folder: Path) -> tuple[Family, ModelConfig]:
-    values = read_json(folder / HF_CONFIG_FILE)
-    try:
-        kind = family(values.get("model_type"))
-        return kind, kind.read(values)
-    except UserError as error:
-        raise UserError(f"{folder / HF_CONFIG_FILE}: {error}") from error
-
-
 def load_hf(folder: Path) -> GPT:
     """Read a Hugging Face folder: names with or without prefix, no mask buffers, a tied head stored or not.
 
     Raises UserError naming every tensor that is missing, unexpected or of the wrong shape, or the file that is damaged.
     """
-    kind, config = _read_hf(folder)
+    kind, config = read_hf(folder)
     tensors = {
         name.removeprefix(kind.prefix): tensor
         for name, tensor in _read_tensors(folder, HF_WEIGHTS_FILES).items()
@@ -159,7 +145,7 @@ def hf_tensors(model: GPT, dtype: torch.dtype | None = None) -> dict[str, Tensor
         stored, ours = kind.stored(config, name), parameter.detach().to("cpu", dtype)
         if stored.by_head:
             ours = ours.unflatten(0, (3, config.n_head, -1)).transpose(0, 1).flatten(0, 2)
-        for theirs, part in zip(stored.names, ours.split(_rows(config, stored, len(ours))), strict=True):
+        for theirs, part in zip(stored.names, ours.split(stored.rows(config, len(ours))), strict=True):
             prefix = "" if name == "head.weight" else kind.prefix
             tensors[prefix + theirs] = (part.t() if stored.transposed else part).contiguous()
     return tensors
@@ -168,13 +154,6 @@ def hf_tensors(model: GPT, dtype: torch.dtype | None = None) -> dict[str, Tensor
 def _hf_names(kind: Family, config: ModelConfig) -> dict[str, Stored]:
     """Our parameter names -> theirs, in our order."""
     return {name: kind.stored(config, name) for name in _own_names(config)}
-
-
-def _rows(config: ModelConfig, stored: Stored, rows: int) -> list[int]:
-    """Rows of ours that each of the tensors named holds: all in one, or those of q, of k and of v."""
-    if len(stored.names) == 1:
-        return [rows]
-    return [heads * config.head_width for heads in (config.n_head, config.kv_heads, config.kv_heads)]
 
 
 # ---------------------------------------------------------------------- shared by both
@@ -189,7 +168,7 @@ def stored_dtypes(config: ModelConfig, folder: Path, is_hf: bool) -> dict[str, s
     for path in _weights_files(folder, HF_WEIGHTS_FILES if is_hf else [WEIGHTS_FILE]):
         if path.suffix == ".safetensors":
             found |= _read_dtypes(path)
-    kind = _read_hf(folder)[0] if is_hf else None
+    kind = read_hf(folder)[0] if is_hf else None
     found = {name.removeprefix(kind.prefix if kind else ""): dtype for name, dtype in found.items()}
     recipe = None if is_hf else read_recipe(folder)
     if recipe is not None:
@@ -212,7 +191,7 @@ def _fill(config: ModelConfig, tensors: dict[str, Tensor], names: dict[str, Stor
     problems, state = [], {}
     for ours, parameter in model.named_parameters():
         stored, parts = names[ours], []
-        for name, rows in zip(stored.names, _rows(config, stored, len(parameter)), strict=True):
+        for name, rows in zip(stored.names, stored.rows(config, len(parameter)), strict=True):
             shape = (rows, *parameter.shape[1:])
             expected = shape[::-1] if stored.transposed else shape
             tensor = tensors.pop(name, None)

@@ -1,5 +1,6 @@
 // Drives the native engine through its C interface with random tiny models, for the sanitizers: every format of matrix and cache,
 // several texts that are copied, cut and dropped. It compares as well: any number of threads and any batch must give the same bits.
+#include "draw.h"
 #include "engine.h"
 #include "kernels.h"
 
@@ -197,6 +198,27 @@ static void strange(const char* name) {
     }
 }
 
+// Tokens drawn from logits that end where their memory does, by every rule; of odd numbers among them some.
+static void draws(const char* name) {
+    const Kernels* kernels = find_kernels(name);
+    const float infinite = std::numeric_limits<float>::infinity(), none = std::numeric_limits<float>::quiet_NaN();
+    for (int n : {1, 2, 15, 63, 64, 65, 200, 1000})
+        for (float strange : {0.0f, infinite, -infinite, none})
+            for (int top_k : {0, 1, 5, 64, 150, 5000})
+                for (float top_p : {1.0f, 0.9f, 0.01f})
+                    for (float min_p : {0.0f, 0.2f, 1.0f})
+                        for (float temperature : {1.0f, 1e-38f, 0.0f, infinite}) {
+                            std::vector<float> logits = numbers(n, 3);
+                            if (strange != 0) logits[n / 2] = strange, logits[n / 3] = strange;
+                            const int best = int(std::max_element(logits.begin(), logits.end()) - logits.begin());
+                            for (double point : {0.0, 0.3, 0.999999999999}) {
+                                const int drawn = draw(*kernels, logits.data(), n, best, {temperature, top_k, top_p, min_p}, point);
+                                must(drawn >= 0 && drawn < n, "an id that is none was drawn");
+                                must(strange != -infinite || std::isfinite(logits[drawn]) || n < 4, "what is impossible was drawn");
+                            }
+                        }
+}
+
 int main() {
     const Case cases[] = {
         //                       format     group cache     planes H  G  W   D   M    V    gated  rope   dist   window untied
@@ -212,6 +234,7 @@ int main() {
         const std::string name = names.substr(at, end - at);
         anywhere(name.c_str());
         strange(name.c_str());
+        draws(name.c_str());
         for (const Case& c : cases)
             for (int threads : {1, 3}) play(c, threads, name.c_str());
     }

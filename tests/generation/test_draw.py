@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -164,16 +163,20 @@ def test_the_address_changes_no_token(start: int, kernels: str) -> None:
     assert draw(logits, Sampling(top_p=0.9), 0.4) == draw(logits.clone(), Sampling(top_p=0.9), 0.4)
 
 
-def test_numbers_are_widened(portable: str) -> None:
-    """And those that can be no scales counted."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_of_files(dtype: torch.dtype, portable: str) -> None:
+    """Turned or not, all of float16's and of bfloat16's numbers; those that can be no scale are counted."""
     model = NativeModel(noisy(shape(n_layer=1), torch.float32), kernels=portable, threads=1)
-    numbers = torch.tensor([1.5, -2.0, 0.0, torch.inf, torch.nan, 3e38, 1e-45, 7.0])
-    for format_, stored in ((0, numbers), (1, numbers.bfloat16())):
-        to = (ctypes.c_float * len(numbers))()
-        useless = model.lib.glass_widen(format_, stored.data_ptr(), len(numbers), to)
-        wide = stored.float()
-        assert torch.equal(torch.tensor(to[:]).nan_to_num(5.0), wide.nan_to_num(5.0))
-        assert useless == int((~wide.isfinite() | (wide == 0)).sum())
+    stored = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 64)[:, :37]
+    stored = stored.contiguous()
+    rows, columns = stored.shape
+    wide = stored.float()
+    useless = int((~wide.isfinite() | (wide == 0)).sum())
+    number = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
+    for expected, *steps in ((wide, rows, columns, columns, 1), (wide.T, columns, rows, 1, columns)):
+        to = torch.empty(steps[:2])
+        assert model.lib.glass_floats(number, stored.data_ptr(), *steps, to.data_ptr()) == useless
+        assert torch.equal(to.nan_to_num(5.0), expected.nan_to_num(5.0))
 
 
 # ---------------------------------------------------------------------- rules that are wrong on purpose

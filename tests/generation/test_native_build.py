@@ -241,7 +241,7 @@ def test_sanitizers(real: str, tmp_path: Path, checks: str) -> None:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         objects = list(pool.map(kernels, sets))
     has = [f"-DGG_HAS_{name.upper()}" for name in sets]
-    sources = [str(build.SOURCES / f"{name}.cpp") for name in ("engine", "matrix", "dispatch")]
+    sources = [str(build.SOURCES / f"{name}.cpp") for name in ("engine", "matrix", "draw", "dispatch")]
     program = str(tmp_path / "driver")
     subprocess.run([*common, *has, f"-I{build.SOURCES}", *sources, str(DRIVER), *objects, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, timeout=600)

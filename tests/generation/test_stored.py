@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from exact import noisy, shape, tokens
 from tiny import Run, caller, few_merges
@@ -109,6 +110,45 @@ def test_memory_is_given_back_and_the_file_left_alone(portable: str, tmp_path: P
         assert logits(model, tokens(source.config)).isfinite().all()
         del source, model
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+HF: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt_neo": {"spans": ("full", "window"), "window_tokens": 5, "qkv_bias": False, "attention_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HF)
+def test_folders_of_hugging_face(name: str, dtype: torch.dtype, portable: str, tmp_path: Path) -> None:
+    """Turned matrices, matrices in three parts, a prefix, buffers that hold no parameter."""
+    network = noisy(small(**HF[name]), torch.float32, 0.1)
+    weights.save_hf(network, tmp_path, None, dtype)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == name
+    path = tmp_path / "model.safetensors"
+    buffer = {"transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24)} if name == "gpt2" else {}
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | buffer, path)
+    ids = tokens(small())
+    for precision in ("float32", "bfloat16"):
+        found = native.open_model(native.Stored(tmp_path, precision, is_hf=True), kernels=portable, threads=1, release=True)
+        other = native.open_model(weights.load_hf(tmp_path), precision=precision, kernels=portable, threads=1)  # type: ignore[arg-type]
+        assert torch.equal(logits(found, ids), logits(other, ids))
+
+
+@pytest.mark.parametrize("where", ["named twice", "by no name of the table", "in shards", "of another architecture"])
+def test_unusual_folders_of_hugging_face_go_the_long_way(where: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"position": "alibi", "embedding_norm": True} if where == "of another architecture" else {}
+    weights.save_hf(noisy(small(**changes), torch.float32, 0.1), tmp_path, None)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    if where == "named twice":
+        safetensors.torch.save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, path)
+    elif where == "by no name of the table":
+        safetensors.torch.save_file(tensors | {"transformer.extra": torch.ones(3)}, path)
+    elif where == "in shards":
+        path.rename(tmp_path / "model-00001-of-00001.safetensors")
+    with pytest.raises(native.Unfit):
+        native.Stored(tmp_path, is_hf=True)
 
 
 # ---------------------------------------------------------------------- without PyTorch

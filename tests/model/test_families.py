@@ -20,7 +20,7 @@ from torch import Tensor
 from glassgpt.config import ModelConfig, UserError, preset
 from glassgpt.config.model import MoeConfig, RopeConfig
 from glassgpt.model import GPT, weights
-from glassgpt.model.families import FAMILIES, complete, family_of, shortest
+from glassgpt.model.families import FAMILIES, complete, family_of, read_hf, shortest
 
 T, V = 40, 50
 TINY = {
@@ -333,7 +333,7 @@ def test_a_setting_that_cannot_be_represented_is_named(case: str, change: dict[s
     values = transformers.AutoConfig.for_model(model_type, **settings).to_dict() | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=said) as caught:
-        weights.read_hf_config(tmp_path)
+        read_hf(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / "config.json"))
 
 

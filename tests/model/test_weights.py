@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.folder import CONFIG_FILE, WEIGHTS_FILE
 from glassgpt.model import GPT, weights
+from glassgpt.model.families import read_hf
 
 LOGITS = 1e-10
 
@@ -259,7 +260,7 @@ def test_truncated_safetensors(folder: Path, share: float) -> None:
     os.truncate(path, int(path.stat().st_size * share))
     assert f"{path}: truncated" in refusal(folder)
     with pytest.raises(UserError, match="truncated"):
-        weights.stored_dtypes(weights.read_hf_config(folder), folder, is_hf=True)
+        weights.stored_dtypes(read_hf(folder)[1], folder, is_hf=True)
 
 
 @pytest.mark.parametrize("write", [pickled, pickled_before_zip])
@@ -426,7 +427,7 @@ def test_stored_dtypes(theirs: GPT2LMHeadModel, tmp_path: Path) -> None:
     """Each parameter's stored type by our names, from whole files and shards, ours and theirs; nothing for pickles."""
 
     def dtypes(folder: Path) -> dict[str, str]:
-        return weights.stored_dtypes(weights.read_hf_config(folder), folder, is_hf=True)
+        return weights.stored_dtypes(read_hf(folder)[1], folder, is_hf=True)
 
     names = [name for name, _ in weights.load_hf(written(theirs, tmp_path / "whole", whole)).named_parameters()]
     assert dtypes(tmp_path / "whole") == dict.fromkeys(names, "float64")

@@ -21,6 +21,8 @@ VECTORS = {
         )
     )
 }
+NUMBERS = {"F32": 0, "BF16": 1, "F16": 2}
+"""Of files, by safetensors' names for them."""
 ACTIVATIONS = {"gelu": 0, "swiglu": 1, "relu2": 2}
 
 
@@ -54,7 +56,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "glass_cache_bytes": (c_int64, [c_void_p]),
     "glass_forward": (c_int32, [c_void_p, c_int32, _INTS, _INTS, c_int32, _INTS, c_int32, c_void_p, c_int64, c_void_p, c_void_p]),
     "glass_draw": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_float, c_int32, c_float, c_float, c_double]),
-    "glass_widen": (c_int64, [c_int32, c_void_p, c_int64, c_void_p]),
+    "glass_floats": (c_int64, [c_int32, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p]),
     "glass_bandwidth": (c_double, [c_int64, c_int32]),
     "glass_rate": (c_double, [c_int32, c_int32, c_char_p]),
 }

@@ -1,4 +1,4 @@
-"""One of our folders as a source of weights, straight from its file: mapped into memory, read once, and PyTorch stays out.
+"""A model's folder as a source of weights, straight from its file: mapped into memory, read once, and PyTorch stays out.
 
 What is unusual in a folder is left to `glassgpt.loading.load`, which reads everything and says what is wrong.
 """
@@ -9,16 +9,18 @@ import ctypes
 import json
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.folder import SHARDED, WEIGHTS_FILE, read_own
-from glassgpt.generation.native.library import FORMATS, library
+from glassgpt.config.quantize import Recipe
+from glassgpt.generation.native.library import NUMBERS, library
 from glassgpt.generation.native.packing import Floats, Rows, check_group, give_back
+from glassgpt.model import families
 
-SIZES = {"F32": 4, "BF16": 2, "U8": 1}
+SIZES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 """Bytes of the numbers that are read here, by safetensors' names for them."""
 
 
@@ -27,40 +29,45 @@ class Unfit(Exception):  # noqa: N818
 
 
 class Stored:
-    """Reads `model.json` and `model.safetensors`."""
+    """Reads the configuration and `model.safetensors` of one of our folders, or of a Hugging Face one."""
 
-    def __init__(self, folder: Path, precision: str = "as-is") -> None:
+    def __init__(self, folder: Path, precision: str = "as-is", is_hf: bool = False) -> None:
         """`precision` is what plain matrices become: float32 or bfloat16. Raises Unfit for a folder that is not whole, that has
         numbers or parts which are not read here, or whose plain matrices are to be rounded to codes."""
         try:
-            self.config, self.recipe = read_own(folder)
+            kind, self.config = families.read_hf(folder) if is_hf else (None, read_own(folder)[0])
+            self.recipe = None if is_hf else read_own(folder)[1]
         except UserError as error:
             raise Unfit(str(error)) from error
         _require(not (folder / SHARDED).is_dir() and not self.config.moe.experts, "parts, or experts")
         _require(self.config.position in ("learned", "none") and "strided" not in self.config.spans, "computed positions")
-        matrices = self.recipe.matrices if self.recipe else {}
-        wanted, self._matrices = expected(self.config), {}
-        for name, bits in matrices.items():
-            N, K = wanted.pop(f"{name}.weight", (0, 0))
-            group = self.recipe.group or K if self.recipe else K
-            _require(K > 0 and K % group == 0, f"{name} in codes")
-            self._matrices[name] = (N, K)
-            wanted |= {f"{name}.codes": (N, K if bits == 8 else -(-K // 2)), f"{name}.scales": (N, K // group)}
-        scales = ("BF16",) if self.recipe and self.recipe.group else ("F32",)
-        self._tensors = mapped(folder / WEIGHTS_FILE)
-        _require({name: tensor.shape for name, tensor in self._tensors.items()} == wanted, "names or shapes of tensors")
-        for name, tensor in self._tensors.items():
-            kinds = ("U8",) if name.endswith(".codes") else scales if name.endswith(".scales") else ("F32", "BF16")
-            _require(tensor.kind in kinds, f"{name} in {tensor.kind}")
+        self._matrices, wanted = _coded(expected(self.config), self.recipe)
+        found = {
+            name.removeprefix(kind.prefix if kind else ""): tensor
+            for name, tensor in mapped(folder / WEIGHTS_FILE).items()
+            if not (kind and name.endswith(kind.ignored))
+        }
+        self._tensors: dict[str, Parts] = {}
+        for name, shape in wanted.items():
+            place = kind.stored(self.config, name) if kind else families.Stored((name,))
+            self._tensors[name] = _parts(found, place, place.rows(self.config, shape[0]), shape)
+        _require(not found, f"{next(iter(found), '')} is in the file")
+        for name in self._matrices:
+            scales, grouped = self._tensors[f"{name}.scales"], bool(self.recipe and self.recipe.group)
+            _require(scales.kinds == {"BF16" if grouped else "F32"} and self._tensors[f"{name}.codes"].kinds == {"U8"}, name)
         self._precision = precision
-        stored = f"int{next(iter(matrices.values()))}" if matrices else self._number("token_embedding")
+        bits = next(iter(self.recipe.matrices.values())) if self.recipe and self.recipe.matrices else None
+        stored = f"int{bits}" if bits else self._number("token_embedding")
         self.precision = stored if precision == "as-is" else precision
 
     def _number(self, name: str) -> str:
-        if self._precision not in ("as-is", "float32", "bfloat16"):
-            raise Unfit(f"matrices are to be rounded to {self._precision}")
-        stored = "float32" if self._tensors[f"{name}.weight"].kind == "F32" else "bfloat16"
-        return stored if self._precision == "as-is" else self._precision
+        """What a plain matrix becomes."""
+        if self._precision in ("float32", "bfloat16"):
+            return self._precision
+        _require(self._precision == "as-is", f"to be rounded to {self._precision}")
+        kinds = self._tensors[f"{name}.weight"].kinds
+        _require(len(kinds) == 1 and kinds <= {"F32", "BF16"}, f"numbers of {name}")
+        return "float32" if kinds == {"F32"} else "bfloat16"
 
     @property
     def parameters(self) -> int:
@@ -72,8 +79,8 @@ class Stored:
             return PlainMatrix(self._tensors[f"{name}.weight"], self._number(name))
         assert self.recipe is not None
         check_group(self.recipe.group)
-        tensors = self._tensors[f"{name}.codes"], self._tensors[f"{name}.scales"]
-        return CodedMatrix(*tensors, self._matrices[name], self.recipe.matrices[name], self.recipe.group)
+        codes, scales = self._tensors[f"{name}.codes"], self._tensors[f"{name}.scales"]
+        return CodedMatrix(codes, scales, self._matrices[name], self.recipe.matrices[name], self.recipe.group)
 
     def vector(self, name: str) -> Floats | None:
         return self._tensors[name].floats() if name in self._tensors else None
@@ -86,7 +93,7 @@ class Stored:
 class PlainMatrix:
     """Floats."""
 
-    def __init__(self, weight: Mapped, number: str) -> None:
+    def __init__(self, weight: Parts, number: str) -> None:
         N, K = weight.shape
         self.shape, self.number, self.group, self._weight = (N, K), number, None, weight
 
@@ -101,14 +108,14 @@ class PlainMatrix:
 class CodedMatrix:
     """Codes and scales."""
 
-    def __init__(self, codes: Mapped, scales: Mapped, shape: tuple[int, int], bits: int, group: int | None) -> None:
+    def __init__(self, codes: Parts, scales: Parts, shape: tuple[int, int], bits: int, group: int | None) -> None:
         self.shape, self.number, self.group = shape, f"int{bits}", group
         self._codes, self._scales = codes, scales
 
     def rows(self, first: int, end: int) -> Rows:
         """Raises Unfit for a number that is no scale."""
         scales = self._scales.floats(first, end, are_scales=True)
-        return Rows(self._codes.address + first * self._codes.row_bytes, scales.address, scales)
+        return Rows(self._codes.address(first), scales.address, scales)
 
     def release(self, first: int, end: int) -> None:
         self._codes.release(first, end)
@@ -127,24 +134,78 @@ class Mapped(NamedTuple):
     file: object
     """Mapped as long as this is held."""
 
+
+class Parts:
+    """One of our tensors (N, ...), as a file has it: whole, or in parts whose rows follow one another; turned or not."""
+
+    def __init__(self, parts: Sequence[Mapped], rows: Sequence[int], shape: tuple[int, ...], transposed: bool) -> None:
+        """`rows` are those of each part."""
+        self.shape, self.kinds = shape, {part.kind for part in parts}
+        self._parts, self._rows, self._transposed = parts, rows, transposed
+        self._columns = math.prod(shape[1:])
+
     @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * SIZES[self.kind]
+    def _is_plain(self) -> bool:
+        return len(self._parts) == 1 and not self._transposed
+
+    def address(self, row: int) -> int:
+        """Where a row is, of a tensor that lies there as it is ours."""
+        assert self._is_plain
+        return self._parts[0].address + row * self._columns * SIZES[self._parts[0].kind]
 
     def floats(self, first: int = 0, end: int | None = None, are_scales: bool = False) -> Floats:
-        """Rows first ... end - 1 as float32: where they lie, or widened. Raises Unfit for a scale that is 0 or not finite."""
-        rows = (self.shape[0] if end is None else end) - first
-        count, address = rows * math.prod(self.shape[1:]), self.address + first * self.row_bytes
-        if self.kind == "F32" and not are_scales:
-            return Floats(address, count, self.file)
-        room = (ctypes.c_float * count)()
-        format_ = FORMATS["float32" if self.kind == "F32" else "bfloat16"]
-        useless = library().glass_widen(format_, address, count, room)
-        _require(not are_scales or useless == 0, "numbers that are no scales")
-        return Floats(ctypes.addressof(room), count, room)
+        """Rows first ... end - 1 as float32: where they lie, or copied. Raises Unfit for a scale that is 0 or not finite."""
+        end = self.shape[0] if end is None else end
+        size = (end - first) * self._columns
+        if self._is_plain and self.kinds == {"F32"} and not are_scales:
+            return Floats(self.address(first), size, self._parts[0].file)
+        room, done, above = (ctypes.c_float * size)(), 0, 0  # above: rows in the parts before
+        for part, rows in zip(self._parts, self._rows, strict=True):
+            begin, stop = max(first - above, 0), min(end - above, rows)
+            if begin < stop:
+                steps = (1, rows) if self._transposed else (self._columns, 1)
+                source = part.address + begin * steps[0] * SIZES[part.kind]
+                to = ctypes.addressof(room) + 4 * done * self._columns
+                useless = library().glass_floats(NUMBERS[part.kind], source, stop - begin, self._columns, *steps, to)
+                _require(not are_scales or useless == 0, "numbers that are no scales")
+                done += stop - begin
+            above += rows
+        return Floats(ctypes.addressof(room), size, room)
 
     def release(self, first: int, end: int) -> None:
-        give_back(self.address + first * self.row_bytes, (end - first) * self.row_bytes)
+        """Give the memory of these rows back; where they do not lie together, that of all after the last of them."""
+        if self._is_plain:
+            give_back(self.address(first), self.address(end) - self.address(first))
+        elif end == self.shape[0]:
+            for part in self._parts:
+                give_back(part.address, math.prod(part.shape) * SIZES[part.kind])
+
+
+def _parts(found: dict[str, Mapped], place: families.Stored, rows: Sequence[int], shape: tuple[int, ...]) -> Parts:
+    """Takes the tensors of one of ours out of those that were found. Raises Unfit when they are not there, or others."""
+    _require(not place.by_head, "heads in another order")
+    tensors = []
+    for name, count in zip(place.names, rows, strict=True):
+        tensor, part = found.pop(name, None), (count, *shape[1:])
+        if tensor is None or tensor.shape != (part[::-1] if place.transposed else part):
+            raise Unfit(f"{name}: not there, or of another shape")
+        _require((tensor.kind == "U8") == name.endswith(".codes"), f"{name} in {tensor.kind}")
+        tensors.append(tensor)
+    return Parts(tensors, rows, shape, place.transposed)
+
+
+def _coded(
+    plain: dict[str, tuple[int, ...]], recipe: Recipe | None
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+    """The shapes of the quantised matrices, and those of all tensors, codes and scales in their places."""
+    matrices, wanted = {}, dict(plain)
+    for name, bits in recipe.matrices.items() if recipe else ():
+        N, K = wanted.pop(f"{name}.weight", (0, 0))
+        group = (recipe.group if recipe else None) or K
+        _require(K > 0 and K % group == 0, f"{name} in codes")
+        matrices[name] = (N, K)
+        wanted |= {f"{name}.codes": (N, K if bits == 8 else -(-K // 2)), f"{name}.scales": (N, K // group)}
+    return matrices, wanted
 
 
 def mapped(path: Path) -> dict[str, Mapped]:

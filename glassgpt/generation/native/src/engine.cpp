@@ -520,13 +520,23 @@ int32_t glass_draw(const glass_engine* engine, const float* logits, int32_t ids,
     return guarded([&] { return draw(*engine->kernels, logits, ids, best, {temperature, top_k, top_p, min_p}, point); }, -1);
 }
 
-int64_t glass_widen(int32_t format, const void* from, int64_t count, float* to) {
-    int64_t useless = 0;
-    for (int64_t i = 0; i < count; i++) {
-        to[i] = format == kBfloat16 ? from_bfloat16(static_cast<const uint16_t*>(from)[i]) : static_cast<const float*>(from)[i];
-        useless += to[i] == 0 || !std::isfinite(to[i]);
-    }
-    return useless;
+int64_t glass_floats(int32_t number, const void* from, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* to) {
+    const int64_t block = column_step == 1 ? columns : 16;  // columns at a time: a step may lead far
+    auto copy = [&](auto widened) {
+        int64_t useless = 0;
+        for (int64_t begin = 0; begin < columns; begin += block)
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t c = begin; c < std::min(columns, begin + block); c++) {
+                    const float value = widened(r * row_step + c * column_step);
+                    to[r * columns + c] = value;
+                    useless += value == 0 || !std::isfinite(value);
+                }
+        return useless;
+    };
+    const auto* short_ones = static_cast<const uint16_t*>(from);
+    if (number == kStoredFloat32) return copy([&](int64_t i) { return static_cast<const float*>(from)[i]; });
+    if (number == kStoredBfloat16) return copy([&](int64_t i) { return from_bfloat16(short_ones[i]); });
+    return copy([&](int64_t i) { return from_float16(short_ones[i]); });
 }
 
 double glass_bandwidth(int64_t bytes, int32_t threads) {

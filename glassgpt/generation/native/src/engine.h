@@ -62,8 +62,10 @@ GLASS int32_t glass_forward(glass_engine*, int32_t count, const int32_t* tokens,
 GLASS int32_t glass_draw(const glass_engine*, const float* logits, int32_t ids, int32_t best, float temperature, int32_t top_k, float top_p,
                          float min_p, double point);
 
-// Numbers of a format (float32 or bfloat16) as float32; gives how many of them are 0 or not finite.
-GLASS int64_t glass_widen(int32_t format, const void* from, int64_t count, float* to);
+// Numbers of a file as float32 (rows, columns); the steps are from row to row and from column to column of what is stored. Gives how
+// many of them are 0 or not finite.
+enum glass_number { kStoredFloat32, kStoredBfloat16, kStoredFloat16 };
+GLASS int64_t glass_floats(int32_t number, const void* from, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* to);
 
 // The machine: bytes a second read by so many threads from `bytes` of memory; operations a second (a multiply-add is two).
 GLASS double glass_bandwidth(int64_t bytes, int32_t threads);

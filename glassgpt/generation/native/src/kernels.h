@@ -2,6 +2,7 @@
 // (kernels.cpp, several times); `engine.cpp` picks one when it starts and knows nothing of vectors.
 #pragma once
 // Functions here are static: each library has its own copy, in its own instructions.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -105,6 +106,13 @@ static inline uint16_t to_bfloat16(float x) {  // to the nearest, ties to even; 
     memcpy(&bits, &x, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (bits >> 16) | 0x40;
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+static inline float from_float16(uint16_t x) {
+    const int exponent = x >> 10 & 31, fraction = x & 1023;
+    const float value = exponent == 0    ? ldexpf(float(fraction), -24)
+                        : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                         : ldexpf(float(1024 + fraction), exponent - 25);
+    return x >> 15 ? -value : value;
 }
 static inline float from_bfloat16(uint16_t x) {
     uint32_t bits = uint32_t(x) << 16;
