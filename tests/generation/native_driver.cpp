@@ -47,8 +47,10 @@ static void put_matrix(glass_engine* engine, const Case& c, int layer, int name,
     for (auto& code : codes) code = format == kInt4 ? random_bits() % 256 : 1 + random_bits() % 255;
     for (int first = 0; first < N; first += 128) {  // in pieces, as Python does
         const int rows = std::min(128, N - first);
-        const void* from = coded ? static_cast<const void*>(codes.data() + int64_t(first) * row_bytes) : values.data() + int64_t(first) * K;
-        must(glass_matrix_fill(engine, layer, name, first, rows, from, coded ? scales.data() + int64_t(first) * (group ? K / group : 1) : nullptr) == 0, "fill");
+        const int found = coded ? glass_matrix_fill_codes(engine, layer, name, first, rows, codes.data() + int64_t(first) * row_bytes,
+                                                          scales.data() + int64_t(first) * (group ? K / group : 1))
+                                : glass_matrix_fill(engine, layer, name, first, rows, 0, values.data() + int64_t(first) * K, K, 1);
+        must(found == 0, "fill");
     }
 }
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from glassgpt.generation.native.build import Unavailable
 from glassgpt.generation.native.library import FORMATS
-from glassgpt.generation.native.packing import Floats, Rows, check_group, give_back
+from glassgpt.generation.native.packing import CodedRows, Floats, PlainRows, check_group, give_back
 from glassgpt.model import GPT
 from glassgpt.model.quantised import Quantised, round_to_nearest
 from glassgpt.model.quantised import pack as pack_small
 
 INT4_GROUP = 32
 """Inputs that share a scale where a float matrix is rounded to 4 bits."""
+KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Network:
@@ -60,15 +61,16 @@ class PlainMatrix:
         self._weight = weight
 
     @torch.no_grad()
-    def rows(self, first: int, end: int) -> Rows:
+    def rows(self, first: int, end: int) -> PlainRows | CodedRows:
         part = self._weight[first:end]
         if self.number not in ("int8", "int4"):
-            values = part.float().contiguous()
-            return Rows(values.data_ptr(), None, values)
+            values = part if part.dtype in KINDS else part.float()
+            row_step, column_step = values.stride()
+            return PlainRows(values.data_ptr(), KINDS[values.dtype], row_step, column_step, values)
         rounded = round_to_nearest(part, int(self.number.removeprefix("int")), self.group)
         codes = (pack_small(rounded.codes) if self.number == "int4" else rounded.codes).contiguous()
         scales = rounded.scales.float().contiguous()
-        return Rows(codes.data_ptr(), scales.data_ptr(), (codes, scales))
+        return CodedRows(codes.data_ptr(), scales.data_ptr(), (codes, scales))
 
     def release(self, first: int, end: int) -> None:
         _release(self._weight[first:end])
@@ -82,9 +84,9 @@ class CodedMatrix:
         self.shape, self.number, self.group = (len(matrix.codes), matrix.columns), f"int{matrix.bits}", matrix.group
         self._matrix = matrix
 
-    def rows(self, first: int, end: int) -> Rows:
+    def rows(self, first: int, end: int) -> CodedRows:
         codes, scales = self._matrix.codes[first:end].contiguous(), self._matrix.scales[first:end].float().contiguous()
-        return Rows(codes.data_ptr(), scales.data_ptr(), (codes, scales))
+        return CodedRows(codes.data_ptr(), scales.data_ptr(), (codes, scales))
 
     def release(self, first: int, end: int) -> None:
         _release(self._matrix.codes[first:end])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from glassgpt.config import ModelConfig
 from glassgpt.generation.native.build import Unavailable
-from glassgpt.generation.native.library import ACTIVATIONS, FORMATS, MATRICES, VECTORS, Shape, checked
+from glassgpt.generation.native.library import ACTIVATIONS, FORMATS, MATRICES, NUMBERS, VECTORS, Shape, checked
 
 ROWS = 4096
 """Rows of a matrix that are packed at a time: what is made on the way stays small. A multiple of the 32 of a panel."""
@@ -25,11 +25,25 @@ class Floats(NamedTuple):
     """They stay there as long as this does."""
 
 
-class Rows(NamedTuple):
-    """Some rows of a matrix in memory: floats (n, K), or codes (n, K; 4 bits two to a byte) and float scales (n, groups)."""
+class PlainRows(NamedTuple):
+    """Some rows of a matrix of floats in memory."""
 
-    values: int
-    scales: int | None
+    address: int
+    kind: str
+    """Of NUMBERS."""
+    row_step: int
+    """Numbers from one row to the next."""
+    column_step: int
+    owner: object
+
+
+class CodedRows(NamedTuple):
+    """Some rows of a matrix of codes in memory."""
+
+    codes: int
+    """(n, K), 4 bits two to a byte."""
+    scales: int
+    """(n, groups) float32."""
     owner: object
 
 
@@ -49,7 +63,7 @@ class Matrix(Protocol):
         """Inputs that share a scale."""
         ...
 
-    def rows(self, first: int, end: int) -> Rows: ...
+    def rows(self, first: int, end: int) -> PlainRows | CodedRows: ...
 
     def release(self, first: int, end: int) -> None:
         """Give the memory of these rows back: nobody needs them any more."""
@@ -153,8 +167,12 @@ def _fill(lib: Any, where: tuple[int, int, int], matrix: Matrix, release: bool) 
     checked(lib, lib.glass_matrix_new(*where, FORMATS[matrix.number], N, K, matrix.group or 0))
     for first in range(0, N, ROWS):
         end = min(first + ROWS, N)
-        rows = matrix.rows(first, end)
-        checked(lib, lib.glass_matrix_fill(*where, first, end - first, rows.values, rows.scales))
+        rows, which = matrix.rows(first, end), (*where, first, end - first)
+        if isinstance(rows, CodedRows):
+            checked(lib, lib.glass_matrix_fill_codes(*which, rows.codes, rows.scales))
+        else:
+            steps = rows.row_step, rows.column_step
+            checked(lib, lib.glass_matrix_fill(*which, NUMBERS[rows.kind], rows.address, *steps))
         if release:
             matrix.release(first, end)
 

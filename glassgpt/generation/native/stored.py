@@ -17,7 +17,7 @@ from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.folder import SHARDED, WEIGHTS_FILE, read_own
 from glassgpt.config.quantize import Recipe
 from glassgpt.generation.native.library import NUMBERS, library
-from glassgpt.generation.native.packing import Floats, Rows, check_group, give_back
+from glassgpt.generation.native.packing import CodedRows, Floats, PlainRows, check_group, give_back
 from glassgpt.model import families
 
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
@@ -97,9 +97,8 @@ class PlainMatrix:
         N, K = weight.shape
         self.shape, self.number, self.group, self._weight = (N, K), number, None, weight
 
-    def rows(self, first: int, end: int) -> Rows:
-        values = self._weight.floats(first, end)
-        return Rows(values.address, None, values)
+    def rows(self, first: int, end: int) -> PlainRows:
+        return self._weight.rows(first, end)
 
     def release(self, first: int, end: int) -> None:
         self._weight.release(first, end)
@@ -112,10 +111,10 @@ class CodedMatrix:
         self.shape, self.number, self.group = shape, f"int{bits}", group
         self._codes, self._scales = codes, scales
 
-    def rows(self, first: int, end: int) -> Rows:
+    def rows(self, first: int, end: int) -> CodedRows:
         """Raises Unfit for a number that is no scale."""
         scales = self._scales.floats(first, end, are_scales=True)
-        return Rows(self._codes.address(first), scales.address, scales)
+        return CodedRows(self._codes.address(first), scales.address, scales)
 
     def release(self, first: int, end: int) -> None:
         self._codes.release(first, end)
@@ -153,6 +152,18 @@ class Parts:
         assert self._is_plain
         return self._parts[0].address + row * self._columns * SIZES[self._parts[0].kind]
 
+    def rows(self, first: int, end: int) -> PlainRows:
+        """Rows first ... end - 1, where they lie if they are in one part."""
+        if len(self._parts) > 1:
+            values = self.floats(first, end)
+            return PlainRows(values.address, "F32", self._columns, 1, values)
+        (part,), (row_step, column_step) = self._parts, self._steps(self._rows[0])
+        return PlainRows(part.address + first * row_step * SIZES[part.kind], part.kind, row_step, column_step, part.file)
+
+    def _steps(self, rows: int) -> tuple[int, int]:
+        """Numbers from row to row and from column to column of a part with so many rows."""
+        return (1, rows) if self._transposed else (self._columns, 1)
+
     def floats(self, first: int = 0, end: int | None = None, are_scales: bool = False) -> Floats:
         """Rows first ... end - 1 as float32: where they lie, or copied. Raises Unfit for a scale that is 0 or not finite."""
         end = self.shape[0] if end is None else end
@@ -163,7 +174,7 @@ class Parts:
         for part, rows in zip(self._parts, self._rows, strict=True):
             begin, stop = max(first - above, 0), min(end - above, rows)
             if begin < stop:
-                steps = (1, rows) if self._transposed else (self._columns, 1)
+                steps = self._steps(rows)
                 source = part.address + begin * steps[0] * SIZES[part.kind]
                 to = ctypes.addressof(room) + 4 * done * self._columns
                 useless = library().glass_floats(NUMBERS[part.kind], source, stop - begin, self._columns, *steps, to)

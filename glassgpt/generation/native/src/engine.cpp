@@ -405,6 +405,20 @@ static auto guarded(Work work, decltype(work()) failed) -> decltype(work()) {
     }
 }
 
+// work(matrix, panel, row, count) for each panel that these outputs are; row counts from the first of them.
+template <class Work>
+static int32_t fill(glass_engine* engine, int layer, int name, int first, int rows, Work work) {
+    return guarded([&] {
+        Matrix& matrix = engine->matrix(layer, name);
+        if (first % kPanel || first + rows > matrix.N) fail("rows do not fit the matrix");
+        engine->team.run([&](int thread) {
+            const auto [begin, end] = engine->team.part((rows + kPanel - 1) / kPanel, thread);
+            for (int p = begin; p < end; p++) work(matrix, first / kPanel + p, p * kPanel, std::min(kPanel, rows - p * kPanel));
+        });
+        return 0;
+    }, -1);
+}
+
 extern "C" {
 
 const char* glass_error() { return message.c_str(); }
@@ -430,19 +444,18 @@ int32_t glass_matrix_new(glass_engine* engine, int32_t layer, int32_t name, int3
     }, -1);
 }
 
-int32_t glass_matrix_fill(glass_engine* engine, int32_t layer, int32_t name, int32_t first, int32_t rows, const void* values, const float* scales) {
-    return guarded([&] {
-        Matrix& matrix = engine->matrix(layer, name);
-        if (first % kPanel || first + rows > matrix.N) fail("rows do not fit the matrix");
-        const int panels = (rows + kPanel - 1) / kPanel;
-        engine->team.run([&](int thread) {
-            const auto [begin, end] = engine->team.part(panels, thread);
-            for (int p = begin; p < end; p++)
-                matrix.fill(first / kPanel + p, std::min(kPanel, rows - p * kPanel), static_cast<const char*>(values) + p * kPanel * matrix.row_bytes(),
-                            scales ? scales + int64_t(p) * kPanel * matrix.groups : nullptr);
-        });
-        return 0;
-    }, -1);
+int32_t glass_matrix_fill(glass_engine* engine, int32_t layer, int32_t name, int32_t first, int32_t rows, int32_t number, const void* values,
+                          int64_t row_step, int64_t column_step) {
+    const Stored stored = {Number(number), values, row_step, column_step};
+    return fill(engine, layer, name, first, rows, [&](Matrix& matrix, int panel, int row, int count) {
+        if (!matrix.is_coded()) matrix.fill(panel, count, stored.from_row(row));
+    });
+}
+
+int32_t glass_matrix_fill_codes(glass_engine* engine, int32_t layer, int32_t name, int32_t first, int32_t rows, const uint8_t* codes, const float* scales) {
+    return fill(engine, layer, name, first, rows, [&](Matrix& matrix, int panel, int row, int count) {
+        if (matrix.is_coded()) matrix.fill(panel, count, codes + row * matrix.code_row_bytes(), scales + int64_t(row) * matrix.groups);
+    });
 }
 
 int32_t glass_vector_set(glass_engine* engine, int32_t layer, int32_t name, const float* values, int64_t count) {
@@ -521,22 +534,15 @@ int32_t glass_draw(const glass_engine* engine, const float* logits, int32_t ids,
 }
 
 int64_t glass_floats(int32_t number, const void* from, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* to) {
-    const int64_t block = column_step == 1 ? columns : 16;  // columns at a time: a step may lead far
-    auto copy = [&](auto widened) {
+    return Stored{Number(number), from, row_step, column_step}.read([&](auto get) {
         int64_t useless = 0;
-        for (int64_t begin = 0; begin < columns; begin += block)
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t c = begin; c < std::min(columns, begin + block); c++) {
-                    const float value = widened(r * row_step + c * column_step);
-                    to[r * columns + c] = value;
-                    useless += value == 0 || !std::isfinite(value);
-                }
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < columns; c++) {
+                const float value = to[r * columns + c] = get(r, c);
+                useless += (value == 0) | !(std::fabs(value) <= std::numeric_limits<float>::max());  // no branch
+            }
         return useless;
-    };
-    const auto* short_ones = static_cast<const uint16_t*>(from);
-    if (number == kStoredFloat32) return copy([&](int64_t i) { return static_cast<const float*>(from)[i]; });
-    if (number == kStoredBfloat16) return copy([&](int64_t i) { return from_bfloat16(short_ones[i]); });
-    return copy([&](int64_t i) { return from_float16(short_ones[i]); });
+    });
 }
 
 double glass_bandwidth(int64_t bytes, int32_t threads) {

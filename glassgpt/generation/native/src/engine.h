@@ -37,9 +37,12 @@ GLASS int64_t glass_bytes(const glass_engine*);  // of weights
 
 // Weights, layer by layer (what belongs to no layer has layer 0). `format` as in kernels.h; group 0: one scale an output.
 GLASS int32_t glass_matrix_new(glass_engine*, int32_t layer, int32_t matrix, int32_t format, int32_t N, int32_t K, int32_t group);
-// Outputs first ... first + rows - 1, first a multiple of 32: floats (rows, K), or codes (rows, K), 4 bits two to a byte
-// with the earlier one in the low half, and scales (rows, groups).
-GLASS int32_t glass_matrix_fill(glass_engine*, int32_t layer, int32_t matrix, int32_t first, int32_t rows, const void* values, const float* scales);
+// Outputs first ... first + rows - 1, first a multiple of 32, of a matrix of floats: numbers as a file has them (matrix.h, Number),
+// the steps from row to row and from column to column.
+GLASS int32_t glass_matrix_fill(glass_engine*, int32_t layer, int32_t matrix, int32_t first, int32_t rows, int32_t number, const void* values,
+                                int64_t row_step, int64_t column_step);
+// The same of a matrix of codes: (rows, K), 4 bits two to a byte with the earlier one in the low half, and scales (rows, groups).
+GLASS int32_t glass_matrix_fill_codes(glass_engine*, int32_t layer, int32_t matrix, int32_t first, int32_t rows, const uint8_t* codes, const float* scales);
 GLASS int32_t glass_vector_set(glass_engine*, int32_t layer, int32_t vector, const float* values, int64_t count);
 GLASS int32_t glass_window_set(glass_engine*, int32_t layer, int32_t tokens);
 
@@ -62,9 +65,7 @@ GLASS int32_t glass_forward(glass_engine*, int32_t count, const int32_t* tokens,
 GLASS int32_t glass_draw(const glass_engine*, const float* logits, int32_t ids, int32_t best, float temperature, int32_t top_k, float top_p,
                          float min_p, double point);
 
-// Numbers of a file as float32 (rows, columns); the steps are from row to row and from column to column of what is stored. Gives how
-// many of them are 0 or not finite.
-enum glass_number { kStoredFloat32, kStoredBfloat16, kStoredFloat16 };
+// Numbers of a file as float32 (rows, columns); gives how many of them are 0 or not finite.
 GLASS int64_t glass_floats(int32_t number, const void* from, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* to);
 
 // The machine: bytes a second read by so many threads from `bytes` of memory; operations a second (a multiply-add is two).

@@ -34,26 +34,31 @@ int64_t Matrix::scale_place(int group, int column) const {
     return group * (codes + 2 * kPanel) + codes + 2 * column;
 }
 
-void Matrix::fill(int panel, int rows, const void* values, const float* row_scales) {
+void Matrix::fill(int panel, int rows, const Stored& numbers) {
     uint8_t* start = data + panel * panel_bytes;
-    const float* numbers = static_cast<const float*>(values);
-    const uint8_t* codes = static_cast<const uint8_t*>(values);
+    numbers.read([&](auto get) {
+        for (int k = 0; k < K; k++) {
+            uint8_t* line = start + place(k, 0);
+            if (format == kFloat32)
+                for (int n = 0; n < rows; n++) reinterpret_cast<float*>(line)[n] = get(n, k);
+            else
+                for (int n = 0; n < rows; n++) reinterpret_cast<uint16_t*>(line)[2 * n] = to_bfloat16(get(n, k));
+        }
+    });
+}
+
+void Matrix::fill(int panel, int rows, const uint8_t* codes, const float* row_scales) {
+    uint8_t* start = data + panel * panel_bytes;
     // 4 bits lie two codes to a byte, the earlier one in the low half
-    auto small = [&](int n, int k) { return k < K ? codes[n * row_bytes() + k / 2] >> k % 2 * 4 & 15 : 8; };
+    auto small = [&](int n, int k) { return k < K ? codes[n * code_row_bytes() + k / 2] >> k % 2 * 4 & 15 : 8; };
     for (int k = 0; k < K && format == kInt4; k += k % 4 == 3 ? 5 : 1) {  // 0-3, 8-11, ...: each with the fourth after it
         uint8_t* line = start + place(k, 0);
         for (int n = 0; n < rows; n++) line[4 * n] = small(n, k) | small(n, k + 4) << 4;
     }
-    for (int k = 0; k < K && format != kInt4; k++) {
+    for (int k = 0; k < K && format == kInt8; k++) {
         uint8_t* line = start + place(k, 0);
-        if (format == kFloat32)
-            for (int n = 0; n < rows; n++) reinterpret_cast<float*>(line)[n] = numbers[int64_t(n) * K + k];
-        else if (format == kBfloat16)
-            for (int n = 0; n < rows; n++) reinterpret_cast<uint16_t*>(line)[2 * n] = to_bfloat16(numbers[int64_t(n) * K + k]);
-        else
-            for (int n = 0; n < rows; n++) line[4 * n] = codes[int64_t(n) * K + k];
+        for (int n = 0; n < rows; n++) line[4 * n] = codes[int64_t(n) * K + k];
     }
-    if (!is_coded()) return;
     for (int n = 0; n < rows; n++)
         for (int g = 0; g < groups; g++) {
             const float scale = row_scales[n * groups + g];
