@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from glassgpt.tuning.reward import reward as reward
     from glassgpt.tuning.sft import sft as sft
 
-__version__ = "0.6.1"
+__version__ = "0.7.0"
 
 _HOME = {
     "PRESETS": "config",
