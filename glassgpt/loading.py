@@ -99,8 +99,8 @@ def load(
     """
     import torch
 
-    number = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if (number is not None and not (isinstance(number, torch.dtype) and number.is_floating_point)) or (dtype and number is None):
+    number = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if number is not None and not (isinstance(number, torch.dtype) and number.is_floating_point):
         raise UserError(f"dtype must be a floating point number's, such as float32 or bfloat16; got {dtype!r}")
     found = find(name)
     model = found.model(number, merge, plain).to(pick_device(device), number).eval()

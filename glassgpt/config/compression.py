@@ -47,7 +47,7 @@ class Compression:
     repeats: int = 9
     """Turns of each variant; medians and distances of the quartiles are reported."""
     threads: int | None = None
-    """CPU threads (default: PyTorch's)."""
+    """CPU threads (default: OMP_NUM_THREADS, or one for each core)."""
     svg: str | None = None
     """Draw into this .svg file."""
     png: str | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from glassgpt.config.errors import UserError, check_at_least, check_choices
+from glassgpt.config.quantize import Recipe
 
 MOST_THREADS = 1024
 Precision = Literal["as-is", "float32", "bfloat16", "float64", "int8", "int4"]
@@ -41,6 +42,23 @@ class Compute:
     def needs_native(self) -> bool:
         """Whether something is asked for that PyTorch does not do here."""
         return self.activations != 16 or self.cache != "auto"
+
+    def resolved(self, recipe: Recipe | None) -> Compute:
+        """What the native engine is asked for, of a model that was quantised so, or of a plain one: the short numbers of a plain
+        model are computed in float32, a quantised one keeps its codes and its activations.
+
+        Raises UserError for 8 or 4 bits of a model that has them already, and for activations of 8 bits without them.
+        """
+        is_coded = self.precision in ("int8", "int4")
+        if recipe is None:
+            if self.activations == 8 and not is_coded:
+                raise UserError(
+                    "--activations 8 is for weights of 8 or 4 bits; give --precision int8 or int4 too, or leave it out"
+                )
+            return replace(self, precision="float32") if self.precision == "as-is" else self
+        if is_coded:
+            raise UserError(f"the model is quantised already ({recipe.precision}); leave out --precision {self.precision}")
+        return replace(self, activations=8) if recipe.activation_bits == 8 and self.engine != "plain" else self
 
     def with_dtype(self, dtype: Dtype | None) -> Compute:
         """With the older option in the place of `precision`. Raises UserError when both are given and differ."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
@@ -10,7 +11,6 @@ from glassgpt.config import UserError
 from glassgpt.config.compute import Compute
 from glassgpt.config.quantize import Recipe
 from glassgpt.generation.native.network import INT4_GROUP
-from glassgpt.generation.native.threads import default_threads
 from glassgpt.generation.runner import Model
 from glassgpt.model import GPT
 from glassgpt.model.quantised import put, recipe_of, round_to_nearest, targets
@@ -22,13 +22,10 @@ def backend(model: GPT, compute: Compute) -> Model:
     `auto` is the native engine on a CPU, and PyTorch elsewhere, for float64, and (with a notice) where the native engine cannot
     be used. Raises UserError when what is asked for cannot be had.
     """
-    if compute.precision in ("int8", "int4") and recipe_of(model) is not None:
-        raise UserError(f"the model is quantised already ({precision_of(model)}); leave out --precision {compute.precision}")
+    asked = compute.resolved(recipe_of(model))
     on_cpu = next(model.parameters()).device.type == "cpu"
     if compute.engine == "native" and not on_cpu:
         raise UserError("the native engine computes on a CPU; use --device cpu")
-    if compute.activations == 8 and recipe_of(model) is None and compute.precision not in ("int8", "int4"):
-        raise UserError("--activations 8 is for weights of 8 or 4 bits; give --precision int8 or int4 too, or leave it out")
     if compute.engine == "plain" or not on_cpu or compute.precision == "float64":
         if compute.needs_native:
             raise UserError("--activations 8 and --cache are the native engine's, for a CPU and not for float64; leave them out")
@@ -36,15 +33,8 @@ def backend(model: GPT, compute: Compute) -> Model:
     from glassgpt.generation import native
 
     try:
-        recipe = recipe_of(model)
-        return native.open_model(
-            model,
-            precision="float32" if compute.precision == "as-is" and recipe is None else compute.precision,
-            activations=8 if recipe and recipe.activation_bits == 8 else compute.activations,
-            cache=compute.cache,
-            threads=compute.threads or default_threads(),
-            release=True,
-        )
+        options: dict[str, Any] = {"precision": asked.precision, "activations": asked.activations, "cache": asked.cache}
+        return native.open_model(model, **options, threads=asked.threads, release=True)
     except native.Unavailable as error:
         if compute.engine == "native" or compute.needs_native:
             raise UserError(f"the native engine cannot be used: {error}") from error

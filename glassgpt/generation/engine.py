@@ -104,9 +104,10 @@ def read(runner: Runner, prompts: Sequence[Sequence[int]]) -> Scores:
 
 
 def _history(prompts: Sequence[Sequence[int]], scores: Scores) -> History:
+    logits = scores.logits  # first: an engine's own scores leave PyTorch one thread when they import it
     from glassgpt.generation.history import History
 
-    return History(prompts, scores.logits.size(-1), scores.logits.device)
+    return History(prompts, logits.size(-1), logits.device)
 
 
 def _drawn(scores: Scores, sampling: Sampling, history: History | None, generators: list[Generator]) -> list[int]:

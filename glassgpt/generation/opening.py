@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glassgpt.config import UserError
 from glassgpt.config.compute import Compute
-from glassgpt.config.folder import read_recipe
+from glassgpt.config.quantize import Recipe
 from glassgpt.config.speculation import Speculation
 from glassgpt.generation import native
 from glassgpt.generation.native.threads import leave_one, pytorch
@@ -19,9 +20,6 @@ from glassgpt.text import Tokenizer
 
 if TYPE_CHECKING:
     from glassgpt.generation.speculative import Guesses
-
-GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
-"""Of the drivers of NVIDIA (in WSL too) and AMD."""
 
 
 class Opened(NamedTuple):
@@ -40,8 +38,28 @@ def open_model(name: str, device: str, compute: Compute, is_draft: bool = False)
     A draft that is quantised already stays as it is. PyTorch is imported only when it has to make the network.
     """
     found = find(name)
-    if (opened := _without_pytorch(found, device, compute)) is not None:
-        return opened
+    return _from_file(found, device, compute, is_draft) or _from_network(found, name, device, compute, is_draft)
+
+
+def _from_file(found: Found, device: str, compute: Compute, is_draft: bool) -> Opened | None:
+    """A model whose file the native engine can read by itself; None for every other, and for one that is damaged."""
+    if not (device == "cpu" or (device == "auto" and not _may_have_gpu())) or compute.engine == "plain" or found.base is not None:
+        return None
+    try:
+        file = native.ModelFile(found.folder, found.is_hf)
+        compute = _of_draft(compute, is_draft and file.recipe is not None)
+        asked, tokenizer = compute.resolved(file.recipe), found.tokenizer()
+        if tokenizer.vocab_size > file.config.vocab_size or asked.precision not in ("as-is", "float32", "bfloat16"):
+            return None
+        options: dict[str, Any] = {"precision": asked.precision, "activations": asked.activations, "cache": asked.cache}
+        model = native.open_model(file, **options, threads=asked.threads, release=True)
+    except (native.Unfit, native.Unavailable):
+        return None
+    leave_one()
+    return Opened(model, tokenizer, file.parameters, _used(model, file.recipe))
+
+
+def _from_network(found: Found, name: str, device: str, compute: Compute, is_draft: bool) -> Opened:
     import torch
 
     from glassgpt.generation.backend import backend, precision_of
@@ -49,53 +67,38 @@ def open_model(name: str, device: str, compute: Compute, is_draft: bool = False)
     from glassgpt.model.quantised import parameter_count, recipe_of
 
     # an adapter is added to its base in float32: in shorter numbers it would be rounded away
-    dtype = torch.float32 if found.base is not None else None
-    gpt, tokenizer = load(name, device=device, dtype=dtype)
-    parameters = parameter_count(gpt)
-    quantised = recipe_of(gpt) is not None
-    if is_draft and quantised:
-        compute = replace(compute, precision="as-is")
-    stored = precision_of(gpt)
-    model = backend(gpt, compute)
+    gpt, tokenizer = load(name, device=device, dtype=torch.float32 if found.base is not None else None)
+    parameters, recipe = parameter_count(gpt), recipe_of(gpt)
+    model = backend(gpt, _of_draft(compute, is_draft and recipe is not None))
     if isinstance(model, GPT):
         return Opened(model, tokenizer, parameters, {"engine": "plain", "precision": precision_of(model)})
     leave_one()
-    used = {name: getattr(model, name, getattr(compute, name)) for name in ("precision", "activations", "cache")}
-    used |= {"engine": "native"} | ({"precision": stored} if quantised else {})
-    return Opened(model, tokenizer, parameters, used)
+    return Opened(model, tokenizer, parameters, _used(model, recipe))
 
 
-def _without_pytorch(found: Found, device: str, compute: Compute) -> Opened | None:
-    """A model whose file the native engine can read by itself; None for every other, and for one that is damaged."""
-    on_cpu = device == "cpu" or (device == "auto" and not _may_have_gpu())
-    is_rounded = compute.precision not in ("as-is", "float32", "bfloat16")
-    if not on_cpu or compute.engine == "plain" or is_rounded or found.base is not None:
-        return None
-    recipe = None if found.is_hf else read_recipe(found.folder)
-    if recipe is None and compute.activations == 8:
-        return None
-    precision = "float32" if recipe is None and compute.precision == "as-is" else compute.precision
-    try:
-        source, tokenizer = native.Stored(found.folder, precision, found.is_hf), found.tokenizer()
-        if tokenizer.vocab_size > source.config.vocab_size:
-            return None
-        model = native.open_model(
-            source,
-            activations=8 if recipe and recipe.activation_bits == 8 else compute.activations,
-            cache=compute.cache,
-            threads=compute.threads,
-            release=True,
-        )
-    except (native.Unfit, native.Unavailable):
-        return None
-    leave_one()
-    used = {name: getattr(model, name) for name in ("precision", "activations", "cache")} | {"engine": "native"}
-    return Opened(model, tokenizer, source.parameters, used | ({"precision": recipe.precision} if recipe else {}))
+def _of_draft(compute: Compute, stays: bool) -> Compute:
+    return replace(compute, precision="as-is") if stays else compute
+
+
+def _used(model: Any, recipe: Recipe | None) -> dict[str, object]:
+    """What a native model computes in."""
+    return {
+        "engine": "native",
+        "precision": model.precision if recipe is None else recipe.precision,
+        "activations": model.activations,
+        "cache": model.cache,
+    }
 
 
 def _may_have_gpu() -> bool:
-    """Whether PyTorch could find one; sure of No on Linux alone."""
-    return sys.platform != "linux" or any(map(os.path.exists, GPU_FILES))
+    """Whether PyTorch might find one: whether NVIDIA's driver or AMD's is there. Only of Linux is that known."""
+    if sys.platform != "linux" or os.path.exists("/dev/kfd"):
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def open_guesses(speculation: Speculation, tokenizer: Tokenizer, device: str, compute: Compute) -> Guesses | None:

@@ -68,10 +68,11 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 class Fake:
     """Stands for the native engine: PyTorch under another name, which remembers how it was opened."""
 
-    def __init__(self, model: GPT | native.Stored, **asked: Any) -> None:
-        if isinstance(model, native.Stored):
+    def __init__(self, model: GPT | native.ModelFile, **asked: Any) -> None:
+        if isinstance(model, native.ModelFile):
             raise native.Unfit("a network is needed")
-        self.config, self.asked, self.precision = model.config, asked, asked["precision"]
+        self.config, self.asked = model.config, asked
+        self.precision, self.activations, self.cache = asked["precision"], asked["activations"], asked["cache"]
         self.stored = precision_of(model)
         self._model = model.float()
 

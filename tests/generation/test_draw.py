@@ -11,7 +11,9 @@ from exact import noisy, shape
 from torch import Tensor
 
 from glassgpt.config.generate import Sampling
+from glassgpt.generation import Generator
 from glassgpt.generation.native import NativeModel
+from glassgpt.generation.plain_runner import TensorScores
 from glassgpt.generation.sampling import distribution
 
 Mutant = Callable[[str, str, str], None]
@@ -90,6 +92,23 @@ def check_ties(kernels: str) -> None:
         check_points(kernels, logits, Sampling(**rules))  # type: ignore[arg-type]
 
 
+def test_p_is_not_shortened(portable: str) -> None:
+    """0.001 of a thousand equal ones is one of them; in float32 it would be a little more."""
+    draw = drawer(portable)
+    assert {draw(torch.zeros(1_000), Sampling(top_p=0.001), step / 50) for step in range(50)} == {0}
+
+
+def test_scores_that_were_copied(portable: str) -> None:
+    """Each place draws from its own row, with rules that no C number holds."""
+    model = NativeModel(noisy(shape(), torch.float32), kernels=portable, threads=1)
+    scores = model.start().feed([[1], [2], [3]])
+    for places in ([0, 1, 2], [2, 0, 2, 1]):
+        some, sampling = scores.of(places), Sampling(top_k=2**32 + 1, top_p=0.9)
+        expected = TensorScores(some.logits.clone()).draw(sampling, [Generator(seed) for seed in range(len(places))])
+        assert some.draw(sampling, [Generator(seed) for seed in range(len(places))]) == expected
+        assert some.logits_of([5] * len(places)) == some.logits[:, 5].tolist()
+
+
 def test_ties(kernels: str) -> None:
     check_ties(kernels)
 
@@ -148,11 +167,11 @@ def test_fewer_ids_than_logits(portable: str) -> None:
     """What lies after them, in the row's padding, is never read."""
     logits = torch.cat([logits_of(70), torch.full((20,), 50.0)])
     model = NativeModel(noisy(shape(n_layer=1), torch.float32), kernels=portable, threads=1)
-    best = int(logits[:70].argmax())
+    best, draw = int(logits[:70].argmax()), drawer(portable)
     for step in range(64):
         drawn = model.lib.glass_draw(model.engine, logits.data_ptr(), 70, best, 1.0, 0, 1.0, 0.0, step / 64)
         assert 0 <= drawn < 70
-        assert drawn == drawer(portable)(logits[:70].clone(), Sampling(), step / 64)
+        assert drawn == draw(logits[:70].clone(), Sampling(), step / 64)
 
 
 @pytest.mark.parametrize("start", range(0, 65, 13))

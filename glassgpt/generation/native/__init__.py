@@ -3,14 +3,14 @@
 from glassgpt.generation.native.build import Unavailable
 from glassgpt.generation.native.library import kernels, measure_bandwidth, measure_rate
 from glassgpt.generation.native.model import NativeModel
-from glassgpt.generation.native.stored import Stored, Unfit
+from glassgpt.generation.native.model_file import ModelFile, Unfit
 from glassgpt.generation.native.threads import default_threads
 
 open_model = NativeModel
 
 __all__ = [
+    "ModelFile",
     "NativeModel",
-    "Stored",
     "Unavailable",
     "Unfit",
     "default_threads",

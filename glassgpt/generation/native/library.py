@@ -56,7 +56,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "glass_sequence_free": (c_int32, [c_void_p, c_int32]),
     "glass_cache_bytes": (c_int64, [c_void_p]),
     "glass_forward": (c_int32, [c_void_p, c_int32, _INTS, _INTS, c_int32, _INTS, c_int32, c_void_p, c_int64, c_void_p, c_void_p]),
-    "glass_draw": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_float, c_int32, c_float, c_float, c_double]),
+    "glass_draw": (c_int32, [c_void_p, c_void_p, c_int32, c_int32, c_double, c_int32, c_double, c_double, c_double]),
     "glass_floats": (c_int64, [c_int32, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p]),
     "glass_bandwidth": (c_double, [c_int64, c_int32]),
     "glass_rate": (c_double, [c_int32, c_int32, c_char_p]),

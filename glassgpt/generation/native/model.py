@@ -14,7 +14,7 @@ from glassgpt.config.generate import Sampling
 from glassgpt.generation.generator import Generator
 from glassgpt.generation.native import packing
 from glassgpt.generation.native.library import checked, library
-from glassgpt.generation.native.stored import Stored
+from glassgpt.generation.native.model_file import FileSource, ModelFile
 from glassgpt.generation.native.threads import default_threads, pytorch
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class NativeModel:
 
     def __init__(
         self,
-        model: GPT | Stored,
+        model: GPT | ModelFile,
         *,
         precision: Literal["as-is", "float32", "bfloat16", "int8", "int4"] = "as-is",
         activations: Literal[8, 16] = 16,
@@ -47,15 +47,15 @@ class NativeModel:
     ) -> None:
         """Pack `model`, which is not needed afterwards; with `release` its memory is taken on the way, and it is of no more use.
 
-        `precision` is that of the matrices; a quantised model keeps its own, and a `Stored` one was told before. `activations`
-        are the bits of what quantised matrices read. `cache` is the numbers of the keys and values: `auto` is float32 for float32
-        weights, else bfloat16. `kernels` names an instruction set of `library.kernels()` (default: the best). Raises Unavailable,
-        and Unfit for numbers of a `Stored` one.
+        `precision` is that of the matrices; a quantised model keeps its own. `activations` are the bits of what quantised
+        matrices read. `cache` is the numbers of the keys and values: `auto` is float32 for float32 weights, else bfloat16.
+        `kernels` names an instruction set of `library.kernels()` (default: the best). Raises Unavailable, and Unfit for numbers
+        of a `ModelFile`.
         """
         for name, value in (("precision", precision), ("activations", activations), ("cache", cache)):
             if value not in KNOWN[name]:
                 raise UserError(f"{name} must be one of {', '.join(map(str, KNOWN[name]))}; got {value!r}")
-        source = model if isinstance(model, Stored) else _network(model, precision)
+        source = FileSource(model, precision) if isinstance(model, ModelFile) else _network(model, precision)
         self.config, self.precision = source.config, source.precision
         self.cache = ("float32" if self.precision == "float32" else "bfloat16") if cache == "auto" else cache
         self.activations, self.threads = activations, threads or default_threads()
@@ -212,10 +212,14 @@ class NativeScores:
     def draw(self, sampling: Sampling, generators: Sequence[Generator]) -> list[int]:
         if sampling.temperature == 0:
             return self.best
-        rules = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+        rules = sampling.temperature, min(sampling.top_k, self._n_ids), sampling.top_p, sampling.min_p
         lib, engine, room = self._model.lib, self._model.engine, self._room
+
+        def drawn(place: int, best: int, point: float) -> int:
+            return checked(lib, lib.glass_draw(engine, room.address + 4 * place * room.stride, self._n_ids, best, *rules, point))
+
         return [
-            lib.glass_draw(engine, room.address + 4 * place * room.stride, self._n_ids, best, *rules, generator.uniform())
+            drawn(place, best, generator.uniform())
             for place, best, generator in zip(self._places, self.best, generators, strict=True)
         ]
 

@@ -124,9 +124,7 @@ def pack(lib: Any, engine: int, source: Source, release: bool) -> None:
     With `release` the source's own are given back on the way, so that they are never held twice; it is then of no more use.
     """
     config = source.config
-    places = [(layer, name, f"blocks.{layer}.{path}") for layer in range(config.n_layer) for name, path in _matrices(config)]
-    places += [(0, "embedding", "token_embedding")] + ([] if config.tied_head else [(0, "head", "head")])
-    matrices = {path: source.matrix(path) for _, _, path in places}  # nothing is given back before all are known to be understood
+    matrices = {path: source.matrix(path) for path in matrix_names(config)}  # all are understood before anything is given back
     for layer in range(config.n_layer) if config.mlp == "swiglu" else ():
         up, gate = (matrices[f"blocks.{layer}.mlp.{name}"] for name in ("up", "gate"))
         if (up.number, up.group) != (gate.number, gate.group):  # they read the same rows, made ready once
@@ -140,7 +138,7 @@ def pack(lib: Any, engine: int, source: Source, release: bool) -> None:
         vector(layer, name, source.vector(f"{path}.weight"))
         vector(layer, f"{name}_bias", source.vector(f"{path}.bias"))
 
-    for layer, name, path in places:
+    for path, (layer, name) in matrix_names(config).items():
         _fill(lib, (engine, layer, MATRICES[name]), matrices[path], release)
         if name not in ("embedding", "head"):
             vector(layer, f"{name}_bias", source.vector(f"{path}.bias"))
@@ -155,10 +153,13 @@ def pack(lib: Any, engine: int, source: Source, release: bool) -> None:
         vector(layer, name, values)
 
 
-def _matrices(config: ModelConfig) -> list[tuple[str, str]]:
-    """Of a block: the engine's names, and ours."""
+def matrix_names(config: ModelConfig) -> dict[str, tuple[int, str]]:
+    """Our names of all matrices -> the layer, and the engine's name."""
     gate = [("gate", "mlp.gate")] if config.mlp == "swiglu" else []
-    return [("qkv", "attn.qkv"), ("out", "attn.out"), ("up", "mlp.up"), *gate, ("down", "mlp.down")]
+    block = [("qkv", "attn.qkv"), ("out", "attn.out"), ("up", "mlp.up"), *gate, ("down", "mlp.down")]
+    found = {f"blocks.{layer}.{path}": (layer, name) for layer in range(config.n_layer) for name, path in block}
+    found["token_embedding"] = (0, "embedding")
+    return found if config.tied_head else found | {"head": (0, "head")}
 
 
 def _fill(lib: Any, where: tuple[int, int, int], matrix: Matrix, release: bool) -> None:

@@ -11,13 +11,13 @@ CORES = Path("/sys/devices/system/cpu")
 
 
 def default_threads() -> int:
-    """OMP_NUM_THREADS, or one for each core that this process may use; a core's second thread has no units of its own."""
-    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if first.isdecimal() and int(first) > 0:
-        return int(first)
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    return len({_core(number) for number in os.sched_getaffinity(0)})
+    """One for each core that this process may use, as a core's second thread has no units of its own; or OMP_NUM_THREADS, if that
+    is fewer."""
+    cores = (
+        len({_core(number) for number in os.sched_getaffinity(0)}) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(int(wanted), cores) if wanted.isdecimal() and int(wanted) > 0 else cores
 
 
 def _core(number: int) -> str:

@@ -120,7 +120,7 @@ def compression(config: Compression) -> Result:
         new_tokens = min(config.new_tokens, room)
         turns = rates(ready, prompt, new_tokens, config.repeats)
     variants = assembled(written, ready, turns)
-    timed = (torch.get_num_threads(), len(prompt), new_tokens)
+    timed = (config.threads or native.default_threads(), len(prompt), new_tokens)
     result = Result(to_plain(config), yardstick.original, *timed, SPEED_MARGIN, variants, left_out)
     print(json.dumps(asdict(result))) if config.json else report.show(result)
     for path in filter(None, (config.png, config.svg)):

@@ -84,7 +84,7 @@ int draw(const Kernels& kernels, const float* logits, int n, int best, const Sam
         }
         return total;
     };
-    const float temperature = std::min(std::max(sampling.temperature, FLT_MIN), FLT_MAX), largest = logits[best];
+    const float temperature = float(std::min(std::max(sampling.temperature, double(FLT_MIN)), double(FLT_MAX))), largest = logits[best];
     kernels.shares(logits, n, largest, temperature, shares.data());
     if (sampling.top_k > 0 && sampling.top_k < n) {
         const float least = kth_largest(logits, n, sampling.top_k);
@@ -92,7 +92,7 @@ int draw(const Kernels& kernels, const float* logits, int n, int best, const Sam
             if (logits[i] < least) shares[i] = 0;
     }
     double total = add_up();
-    const float min_p = sampling.min_p;
+    const double min_p = sampling.min_p;
     if (sampling.top_p < 1) {
         // shares below this are together less than what may be left out
         const Candidate last = last_of_nucleus(logits, shares.data(), n, sampling.top_p * total, (1.0 - sampling.top_p) * total / n);

@@ -3,9 +3,9 @@
 #include "kernels.h"
 
 struct Sampling {
-    float temperature;  // above 0
-    int top_k;          // 0: all
-    float top_p, min_p;
+    double temperature;  // above 0
+    int top_k;           // 0: all
+    double top_p, min_p;
 };
 
 // One of n ids, drawn by `point` (at least 0, below 1) from the distribution that the logits and the rules give. `best` is the

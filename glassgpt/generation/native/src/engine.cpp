@@ -528,8 +528,8 @@ int32_t glass_forward(glass_engine* engine, int32_t count, const int32_t* tokens
     }, -1);
 }
 
-int32_t glass_draw(const glass_engine* engine, const float* logits, int32_t ids, int32_t best, float temperature, int32_t top_k, float top_p,
-                   float min_p, double point) {
+int32_t glass_draw(const glass_engine* engine, const float* logits, int32_t ids, int32_t best, double temperature, int32_t top_k, double top_p,
+                   double min_p, double point) {
     return guarded([&] { return draw(*engine->kernels, logits, ids, best, {temperature, top_k, top_p, min_p}, point); }, -1);
 }
 

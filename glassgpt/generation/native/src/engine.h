@@ -62,8 +62,8 @@ GLASS int32_t glass_forward(glass_engine*, int32_t count, const int32_t* tokens,
 
 // One of `ids` ids, drawn by `point` (at least 0, below 1) from what the rules leave of the logits (draw.h). `best` is the first
 // largest logit's; the temperature is above 0.
-GLASS int32_t glass_draw(const glass_engine*, const float* logits, int32_t ids, int32_t best, float temperature, int32_t top_k, float top_p,
-                         float min_p, double point);
+GLASS int32_t glass_draw(const glass_engine*, const float* logits, int32_t ids, int32_t best, double temperature, int32_t top_k, double top_p,
+                         double min_p, double point);
 
 // Numbers of a file as float32 (rows, columns); gives how many of them are 0 or not finite.
 GLASS int64_t glass_floats(int32_t number, const void* from, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step, float* to);

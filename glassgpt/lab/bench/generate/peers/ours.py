@@ -42,14 +42,21 @@ class System:
             from glassgpt.generation import native
 
             activations: Literal[8, 16] = 8 if variant.endswith("-a8") else 16
-            self.model: Any = native.open_model(native.Stored(files), activations=activations, threads=threads, release=True)
-            return
+            try:
+                source: Any = native.ModelFile(files)
+            except native.Unfit:  # its positions are computed, say
+                source = self._network(files, 1)
+            self.model: Any = native.open_model(source, activations=activations, threads=threads, release=True)
+        else:
+            self.model = self._network(files, threads)
+
+    def _network(self, files: Path, threads: int) -> Any:
         import torch
 
         from glassgpt.model import weights
 
         torch.set_num_threads(threads)
-        self.model = weights.load(files).eval()
+        return weights.load(files).eval()
 
     def generate(self, prompts: list[list[int]], new_tokens: int, stamp: Callable[[], None]) -> list[list[int]]:
         from glassgpt.config.generate import Sampling

@@ -20,7 +20,7 @@ from glassgpt.config.compute import Compute
 from glassgpt.config.model import MoeConfig
 from glassgpt.config.quantize import Recipe
 from glassgpt.generation import native, opening
-from glassgpt.generation.native.stored import expected, mapped
+from glassgpt.generation.native.model_file import expected, mapped
 from glassgpt.generation.opening import open_model
 from glassgpt.model import GPT, weights
 from glassgpt.model.quantised import parameter_count, put, round_to_nearest, targets
@@ -83,8 +83,8 @@ def test_the_same_bits(name: str, stored: str, portable: str, tmp_path: Path) ->
     folder = saved(tmp_path / "m", small(**SHAPES[name]), stored)
     ids = tokens(small(**SHAPES[name]))
     for precision in ("as-is", "float32", "bfloat16"):
-        source = native.Stored(folder, precision)
-        found = native.open_model(source, kernels=portable, threads=1)
+        source = native.ModelFile(folder)
+        found = native.open_model(source, precision=precision, kernels=portable, threads=1)  # type: ignore[arg-type]
         network = weights.load(folder)
         other = native.open_model(network, precision=precision, kernels=portable, threads=1)  # type: ignore[arg-type]
         assert (found.precision, found.cache, found.nbytes) == (other.precision, other.cache, other.nbytes)
@@ -98,7 +98,7 @@ def test_memory_is_given_back_and_the_file_left_alone(portable: str, tmp_path: P
     folder = saved(tmp_path / "m", small(width=256, n_layer=4))
     before = (folder / "model.safetensors").read_bytes()
     for release, share in ((False, (0.9, 1.1)), (True, (0.0, 0.2))):
-        source = native.Stored(folder)
+        source = native.ModelFile(folder)
         model = native.open_model(source, kernels=portable, threads=1, release=release)
         resident = [
             int(line.split()[1]) * 1024
@@ -130,8 +130,9 @@ def test_folders_of_hugging_face(name: str, dtype: torch.dtype, portable: str, t
     safetensors.torch.save_file(safetensors.torch.load_file(path) | buffer, path)
     ids = tokens(small())
     for precision in ("float32", "bfloat16"):
-        found = native.open_model(native.Stored(tmp_path, precision, is_hf=True), kernels=portable, threads=1, release=True)
-        other = native.open_model(weights.load_hf(tmp_path), precision=precision, kernels=portable, threads=1)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"precision": precision, "kernels": portable, "threads": 1}
+        found = native.open_model(native.ModelFile(tmp_path, is_hf=True), **options, release=True)
+        other = native.open_model(weights.load_hf(tmp_path), **options)
         assert torch.equal(logits(found, ids), logits(other, ids))
 
 
@@ -148,7 +149,7 @@ def test_unusual_folders_of_hugging_face_go_the_long_way(where: str, tmp_path: P
     elif where == "in shards":
         path.rename(tmp_path / "model-00001-of-00001.safetensors")
     with pytest.raises(native.Unfit):
-        native.Stored(tmp_path, is_hf=True)
+        native.ModelFile(tmp_path, is_hf=True)
 
 
 # ---------------------------------------------------------------------- without PyTorch
@@ -157,8 +158,10 @@ COUNTED = """
 import sys
 from glassgpt.cli import main
 code = main(sys.argv[1:])
-print("torch" in sys.modules, code, file=sys.stderr)
+torch = sys.modules.get("torch")
+print(torch and torch.get_num_threads(), code, file=sys.stderr)
 """
+"""Says how many threads PyTorch has if it was imported."""
 
 
 def test_texts_are_written_without_pytorch(portable: str, tmp_path: Path, start_python: Any) -> None:
@@ -172,9 +175,9 @@ def test_texts_are_written_without_pytorch(portable: str, tmp_path: Path, start_
     ]
     for line in lines:
         out, errors = start_python(COUNTED, *line).communicate(timeout=60)
-        assert errors == "False 0\n"
+        assert errors == "None 0\n"
         plainly, errors = start_python(COUNTED, *line, "--engine", "plain").communicate(timeout=120)
-        assert errors == "True 0\n"
+        assert errors.endswith(" 0\n") and not errors.startswith("None")
         if "--json" in line:
             out, plainly = (json.loads(text) for text in (out, plainly))
             assert out.pop("engine") == "native" and plainly.pop("engine") == "plain"
@@ -188,7 +191,7 @@ def test_what_needs_tensors_imports_it(more: list[str], portable: str, tmp_path:
     line = ("generate", folder, "the cat", "--temperature", 0, *more)
     out, errors = start_python(COUNTED, *line).communicate(timeout=60)
     plainly, _ = start_python(COUNTED, *line, "--engine", "plain").communicate(timeout=60)
-    assert (errors, out) == ("True 0\n", plainly)
+    assert (errors, out) == ("1 0\n", plainly)  # the others are the engine's
 
 
 # ---------------------------------------------------------------------- what is left to PyTorch
@@ -209,6 +212,7 @@ def rewritten(change: Callable[[dict[str, Any], bytearray], None]) -> Callable[[
         header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
         change(header, body)
         text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # numbers lie where they can be read
         path.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
     return rewrite
@@ -219,9 +223,20 @@ def shorter(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def deep(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 99_992) + b"[" * 99_992)
+
+
 def no_scale(header: dict[str, Any], body: bytearray) -> None:
     begin, _ = header["blocks.1.mlp.up.scales"]["data_offsets"]
     body[begin : begin + 2] = b"\x00\x00"
+
+
+def requantised(folder: Path, name: str) -> None:
+    """The recipe names something that is no matrix."""
+    values = json.loads((folder / "model.json").read_text())
+    values["quantisation"]["matrices"][name] = 8
+    (folder / "model.json").write_text(json.dumps(values))
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -232,6 +247,22 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list": (lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]") and None, "weights"),
     "another name": (rewritten(lambda header, _: header.update(x=header.pop("norm_f.bias"))), "norm_f.bias is missing"),
     "a scale of 0": (rewritten(no_scale), "blocks.1.mlp.up.scales has numbers that are no scales"),
+    "a recipe for a vector": (
+        lambda folder: requantised(folder, "norm_f"),
+        "names norm_f, which this network has not",
+    ),
+    "a recipe for positions": (
+        lambda folder: requantised(folder, "position_embedding"),
+        "names position_embedding, which this network has not",
+    ),
+    "a deep header": (
+        lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 99_992) + b"[" * 99_992) and None,
+        "weights",
+    ),
+    "broken places": (
+        rewritten(lambda header, _: header["norm_f.bias"].update(data_offsets=[0.0, 128.0])),
+        "truncated or not a weights file",
+    ),
     "another shape": (
         rewritten(lambda header, _: header["norm_f.bias"].update(shape=[4, 8])),
         "norm_f.bias is torch.float32 (4, 8), expected numbers (32,)",
@@ -245,7 +276,7 @@ def test_a_damaged_file_gets_one_line(name: str, generate: Run, portable: str, t
     damage, said = DAMAGED[name]
     damage(folder)
     with pytest.raises(native.Unfit):
-        native.open_model(native.Stored(folder), threads=1)
+        native.open_model(native.ModelFile(folder), threads=1)
     result = generate(folder, "the cat", "--temperature", 0)
     assert (result.code, result.out) == (2, "")
     assert said in result.err and result.err.count("\n") == 1
@@ -258,33 +289,51 @@ def test_a_damaged_file_gets_one_line(name: str, generate: Run, portable: str, t
 def test_other_networks_go_the_long_way(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = saved(tmp_path / "m", small(**changes))
     with pytest.raises(native.Unfit):
-        native.Stored(folder)
+        native.ModelFile(folder)
 
 
-@pytest.mark.parametrize("stored", ["float16", "float64"])
-def test_other_numbers_go_the_long_way(stored: str, tmp_path: Path) -> None:
+def test_other_numbers_go_the_long_way(portable: str, tmp_path: Path) -> None:
     with pytest.raises(native.Unfit):
-        native.Stored(saved(tmp_path / "m", small(), stored))
+        native.ModelFile(saved(tmp_path / "double", small(), "float64"))
+    half = native.ModelFile(saved(tmp_path / "half", small(), "float16"))
+    with pytest.raises(native.Unfit):
+        native.open_model(half, kernels=portable)  # it does not compute in them
+    assert native.open_model(half, precision="float32", kernels=portable).precision == "float32"
 
 
 def test_other_wishes_go_the_long_way(portable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding, PyTorch itself, an accelerator that may be there; and mistakes, which it tells."""
-    folder = saved(tmp_path / "m", small())
-    found = opening.find(folder)
-    assert opening._without_pytorch(found, "auto", Compute()) is not None or opening._may_have_gpu()
-    opened = opening._without_pytorch(found, "cpu", Compute(cache="int8", threads=1))
+    """Rounding, PyTorch itself, an accelerator that may be there."""
+    found = opening.find(saved(tmp_path / "m", small()))
+    opened = opening._from_file(found, "cpu", Compute(cache="int8", threads=1), False)
     assert opened is not None and opened.used == {"engine": "native", "precision": "float32", "activations": 16, "cache": "int8"}
     for device, wish in [
         ("cuda", {}),
         ("cpu", {"engine": "plain"}),
         ("cpu", {"precision": "int8"}),
         ("cpu", {"precision": "float64"}),
-        ("cpu", {"activations": 8}),
     ]:
-        assert opening._without_pytorch(found, device, Compute(**wish)) is None  # type: ignore[arg-type]
-    monkeypatch.setattr(opening, "GPU_FILES", [str(folder)])
-    assert opening._without_pytorch(found, "auto", Compute()) is None
-    assert opening._without_pytorch(found, "cpu", Compute()) is not None
+        assert opening._from_file(found, device, Compute(**wish), False) is None  # type: ignore[arg-type]
+    for there in (True, False):
+        monkeypatch.setattr(opening, "_may_have_gpu", lambda there=there: there)
+        assert (opening._from_file(found, "auto", Compute(), False) is None) == there
+        assert opening._from_file(found, "cpu", Compute(), False) is not None
+
+
+def test_mistakes_are_told_either_way(generate: Run, portable: str, tmp_path: Path) -> None:
+    plain, coded = saved(tmp_path / "plain", small()), saved(tmp_path / "coded", small(), "int8/16")
+    for folder, wish, said in [
+        (plain, ["--activations", 8], "--activations 8 is for weights of 8 or 4 bits"),
+        (coded, ["--precision", "int4"], "the model is quantised already (int8); leave out --precision int4"),
+    ]:
+        result = generate(folder, "the cat", *wish)
+        assert (result.code, result.out, result.err.count("\n")) == (2, "", 1) and said in result.err
+
+
+def test_a_quantised_draft_stays_as_it_is(portable: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", small(), "int8/16")
+    for precision in ("float32", "bfloat16", "int8"):
+        opened = open_model(str(folder), "cpu", Compute(precision=precision), is_draft=True)  # type: ignore[arg-type]
+        assert opened.used == {"engine": "native", "precision": "int8", "activations": 16, "cache": "bfloat16"}
 
 
 def test_both_ways_tell_the_same(portable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +342,7 @@ def test_both_ways_tell_the_same(portable: str, tmp_path: Path, monkeypatch: pyt
         for compute in (Compute(), Compute(precision="bfloat16"), Compute(cache="int8")):
             short = open_model(str(folder), "cpu", compute)
             with monkeypatch.context() as patch:
-                patch.setattr(opening, "_without_pytorch", lambda *_: None)
+                patch.setattr(opening, "_from_file", lambda *_: None)
                 long = open_model(str(folder), "cpu", compute)
             assert (short.used, short.parameters) == (long.used, long.parameters)
             assert torch.equal(*(logits(one.model, tokens(small())) for one in (short, long)))  # type: ignore[arg-type]
@@ -306,14 +355,16 @@ def test_places_in_a_file_must_fit(tmp_path: Path) -> None:
     whole = path.read_bytes()
     assert mapped(path)
 
-    def moved(by: int, name: str = "norm_f.weight") -> None:
+    def moved(by: int) -> None:
         def change(header: dict[str, Any], body: bytearray) -> None:
-            header[name]["data_offsets"] = [place + by for place in header[name]["data_offsets"]]
+            header["norm_f.weight"]["data_offsets"] = [place + by for place in header["norm_f.weight"]["data_offsets"]]
 
         path.write_bytes(whole)
         rewritten(change)(folder)
 
+    moved(0)
+    assert mapped(path)
     for by in (-4, 4, 1, 10**9, -(10**9)):
         moved(by)
-        with pytest.raises(native.Unfit):
+        with pytest.raises(native.Unfit, match=r"place of|numbers of"):
             mapped(path)

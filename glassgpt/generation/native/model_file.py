@@ -17,80 +17,94 @@ from glassgpt.config import ModelConfig, UserError
 from glassgpt.config.folder import SHARDED, WEIGHTS_FILE, read_own
 from glassgpt.config.quantize import Recipe
 from glassgpt.generation.native.library import NUMBERS, library
-from glassgpt.generation.native.packing import CodedRows, Floats, PlainRows, check_group, give_back
+from glassgpt.generation.native.packing import CodedRows, Floats, PlainRows, check_group, give_back, matrix_names
 from glassgpt.model import families
 
-SIZES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
-"""Bytes of the numbers that are read here, by safetensors' names for them."""
+SIZES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
+SIZES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2) | dict.fromkeys(("U8", "I8", "BOOL"), 1)
+"""Bytes of numbers, by safetensors' names for them."""
+HEADER_BYTES = 100_000_000
+"""Longer headers are no safetensors'."""
 
 
 class Unfit(Exception):  # noqa: N818
     """A folder that is not read here, for whatever reason."""
 
 
-class Stored:
-    """Reads the configuration and `model.safetensors` of one of our folders, or of a Hugging Face one."""
+class ModelFile:
+    """The configuration, the recipe and the tensors, by our names, of one of our folders or of a Hugging Face one."""
 
-    def __init__(self, folder: Path, precision: str = "as-is", is_hf: bool = False) -> None:
-        """`precision` is what plain matrices become: float32 or bfloat16. Raises Unfit for a folder that is not whole, that has
-        numbers or parts which are not read here, or whose plain matrices are to be rounded to codes."""
+    def __init__(self, folder: Path, is_hf: bool = False) -> None:
+        """Raises Unfit for a folder that is not whole, or that has numbers or parts which are not read here."""
+        self.config: ModelConfig
+        self.recipe: Recipe | None
+        kind = None
         try:
-            kind, self.config = families.read_hf(folder) if is_hf else (None, read_own(folder)[0])
-            self.recipe = None if is_hf else read_own(folder)[1]
+            if is_hf:
+                (kind, self.config), self.recipe = families.read_hf(folder), None
+            else:
+                self.config, self.recipe = read_own(folder)
         except UserError as error:
             raise Unfit(str(error)) from error
         _require(not (folder / SHARDED).is_dir() and not self.config.moe.experts, "parts, or experts")
         _require(self.config.position in ("learned", "none") and "strided" not in self.config.spans, "computed positions")
-        self._matrices, wanted = _coded(expected(self.config), self.recipe)
+        self.coded, wanted = _coded(self.config, self.recipe)
         found = {
             name.removeprefix(kind.prefix if kind else ""): tensor
             for name, tensor in mapped(folder / WEIGHTS_FILE).items()
             if not (kind and name.endswith(kind.ignored))
         }
-        self._tensors: dict[str, Parts] = {}
+        self.tensors: dict[str, Parts] = {}
         for name, shape in wanted.items():
             place = kind.stored(self.config, name) if kind else families.Stored((name,))
-            self._tensors[name] = _parts(found, place, place.rows(self.config, shape[0]), shape)
+            self.tensors[name] = _parts(found, place, place.rows(self.config, shape[0]), shape)
         _require(not found, f"{next(iter(found), '')} is in the file")
-        for name in self._matrices:
-            scales, grouped = self._tensors[f"{name}.scales"], bool(self.recipe and self.recipe.group)
-            _require(scales.kinds == {"BF16" if grouped else "F32"} and self._tensors[f"{name}.codes"].kinds == {"U8"}, name)
-        self._precision = precision
-        bits = next(iter(self.recipe.matrices.values())) if self.recipe and self.recipe.matrices else None
-        stored = f"int{bits}" if bits else self._number("token_embedding")
-        self.precision = stored if precision == "as-is" else precision
-
-    def _number(self, name: str) -> str:
-        """What a plain matrix becomes."""
-        if self._precision in ("float32", "bfloat16"):
-            return self._precision
-        _require(self._precision == "as-is", f"to be rounded to {self._precision}")
-        kinds = self._tensors[f"{name}.weight"].kinds
-        _require(len(kinds) == 1 and kinds <= {"F32", "BF16"}, f"numbers of {name}")
-        return "float32" if kinds == {"F32"} else "bfloat16"
+        for name in self.coded:
+            is_grouped = bool(self.recipe and self.recipe.group)
+            _require(self.tensors[f"{name}.scales"].kinds == {"BF16" if is_grouped else "F32"}, f"scales of {name}")
 
     @property
     def parameters(self) -> int:
         """All numbers of the model; shared ones once."""
         return sum(math.prod(shape) for shape in expected(self.config).values())
 
-    def matrix(self, name: str) -> PlainMatrix | CodedMatrix:
-        if name not in self._matrices:
-            return PlainMatrix(self._tensors[f"{name}.weight"], self._number(name))
-        assert self.recipe is not None
-        check_group(self.recipe.group)
-        codes, scales = self._tensors[f"{name}.codes"], self._tensors[f"{name}.scales"]
-        return CodedMatrix(codes, scales, self._matrices[name], self.recipe.matrices[name], self.recipe.group)
+
+class FileSource:
+    """A model's file as a source of weights."""
+
+    def __init__(self, file: ModelFile, precision: str) -> None:
+        """`precision` is what plain matrices become: float32, bfloat16, or what they are. Raises Unfit for those that are not
+        kept so here."""
+        self.config, self._file, self._asked = file.config, file, precision
+        bits = next(iter(file.recipe.matrices.values()), None) if file.recipe else None
+        self.precision = precision if precision != "as-is" else f"int{bits}" if bits else self._number("token_embedding")
+
+    def _number(self, name: str) -> str:
+        """What a plain matrix becomes."""
+        if self._asked in ("float32", "bfloat16"):
+            return self._asked
+        _require(self._asked == "as-is", f"to be rounded to {self._asked}")
+        kinds = self._file.tensors[f"{name}.weight"].kinds
+        _require(kinds in ({"F32"}, {"BF16"}), f"numbers of {name}")
+        return "float32" if kinds == {"F32"} else "bfloat16"
+
+    def matrix(self, name: str) -> FileFloats | FileCodes:
+        tensors, recipe = self._file.tensors, self._file.recipe
+        if recipe is None or name not in self._file.coded:
+            return FileFloats(tensors[f"{name}.weight"], self._number(name))
+        check_group(recipe.group)
+        codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+        return FileCodes(codes, scales, self._file.coded[name], recipe.matrices[name], recipe.group)
 
     def vector(self, name: str) -> Floats | None:
-        return self._tensors[name].floats() if name in self._tensors else None
+        return self._file.tensors[name].floats() if name in self._file.tensors else None
 
     def tables(self) -> Iterator[tuple[int, str, Floats]]:
         if self.config.position == "learned":
-            yield 0, "position", self._tensors["position_embedding.weight"].floats()
+            yield 0, "position", self._file.tensors["position_embedding.weight"].floats()
 
 
-class PlainMatrix:
+class FileFloats:
     """Floats."""
 
     def __init__(self, weight: Parts, number: str) -> None:
@@ -104,7 +118,7 @@ class PlainMatrix:
         self._weight.release(first, end)
 
 
-class CodedMatrix:
+class FileCodes:
     """Codes and scales."""
 
     def __init__(self, codes: Parts, scales: Parts, shape: tuple[int, int], bits: int, group: int | None) -> None:
@@ -200,45 +214,47 @@ def _parts(found: dict[str, Mapped], place: families.Stored, rows: Sequence[int]
         tensor, part = found.pop(name, None), (count, *shape[1:])
         if tensor is None or tensor.shape != (part[::-1] if place.transposed else part):
             raise Unfit(f"{name}: not there, or of another shape")
-        _require((tensor.kind == "U8") == name.endswith(".codes"), f"{name} in {tensor.kind}")
+        _require(tensor.kind == "U8" if name.endswith(".codes") else tensor.kind in NUMBERS, f"{name} in {tensor.kind}")
         tensors.append(tensor)
     return Parts(tensors, rows, shape, place.transposed)
 
 
-def _coded(
-    plain: dict[str, tuple[int, ...]], recipe: Recipe | None
-) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
+def _coded(config: ModelConfig, recipe: Recipe | None) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
     """The shapes of the quantised matrices, and those of all tensors, codes and scales in their places."""
-    matrices, wanted = {}, dict(plain)
+    coded, wanted = {}, expected(config)
+    names = matrix_names(config)
     for name, bits in recipe.matrices.items() if recipe else ():
-        N, K = wanted.pop(f"{name}.weight", (0, 0))
+        _require(name in names, f"{name} in codes")
+        N, K = wanted.pop(f"{name}.weight")
         group = (recipe.group if recipe else None) or K
-        _require(K > 0 and K % group == 0, f"{name} in codes")
-        matrices[name] = (N, K)
+        _require(K % group == 0, f"groups of {name}")
+        coded[name] = (N, K)
         wanted |= {f"{name}.codes": (N, K if bits == 8 else -(-K // 2)), f"{name}.scales": (N, K // group)}
-    return matrices, wanted
+    return coded, wanted
 
 
 def mapped(path: Path) -> dict[str, Mapped]:
     """The tensors of a safetensors file (https://github.com/huggingface/safetensors#format), none of them read yet.
 
-    Raises Unfit for a file that is none, that is not whole, or that has numbers which are not read here.
+    Raises Unfit for a file that is none or not whole.
     """
     try:
         with path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what is written would stay here; nothing is
         start = 8 + int.from_bytes(memory[:8], "little")
+        _require(start <= min(len(memory), HEADER_BYTES), "length of the header")
         header: Any = json.loads(memory[8:start].decode("utf-8"))
         header.pop("__metadata__", None)
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         found, last = {}, 0
         for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, (begin, end) = facts["dtype"], tuple(facts["shape"]), facts["data_offsets"]
-            size = SIZES[kind]
-            _require(begin == last and end - begin == math.prod(shape) * size and (start + begin) % size == 0, f"place of {name}")
+            _require(all(type(number) is int and number >= 0 for number in (*shape, begin, end)), f"numbers of {name}")
+            size = math.prod(shape) * SIZES[kind]
+            _require(begin == last and end - begin == size and (start + begin) % SIZES[kind] == 0, f"place of {name}")
             found[name], last = Mapped(kind, shape, base + start + begin, memory), end
         _require(start + last == len(memory), "length")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise Unfit(str(error)) from error
     return found
 
