@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import TYPE_CHECKING, Any
 
 from glassgpt.config import UserError
 from glassgpt.config.errors import first_line
+
+if TYPE_CHECKING:
+    import jinja2
 
 TEMPLATE_FILE = "chat_template.jinja"
 FACTS_FILE = "tokenizer_config.json"
@@ -92,6 +92,8 @@ def _token(value: Any) -> str:
 
 @functools.lru_cache(maxsize=32)
 def _compiled(source: str) -> jinja2.Template:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # here: most texts are no chats
+
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
@@ -101,4 +103,6 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _refuse(message: str) -> None:
+    import jinja2
+
     raise jinja2.TemplateError(message)

@@ -200,14 +200,14 @@ def test_numbers_of_files(dtype: torch.dtype, portable: str) -> None:
 
 # ---------------------------------------------------------------------- rules that are wrong on purpose
 
-KEPT = "shares[i] < min_p) shares[i] = 0;  // the likeliest token's is 1"
+KEPT = "shares[i] < sampling.min_p) shares[i] = 0;"
 MUTANTS: dict[str, tuple[str, str, str, Callable[[str], None]]] = {
     "without the token that crosses p": ("draw.cpp", "while (last + 1 < end", "while (last + 2 < end", check_rules),
     "one token too many": ("draw.cpp", "return left[k - 1];", "return left[std::min<size_t>(k, left.size() - 1)];", check_rules),
     "temperature forgotten": ("kernels.cpp", "largest) / temperature));", "largest)));", check_rules),
     "all for k": ("draw.cpp", "sampling.top_k > 0 && sampling.top_k < n", "sampling.top_k > n", check_rules),
     "ties fall to the later": ("draw.cpp", "id < other.id", "id > other.id", check_ties),
-    "min-p of half the likeliest": ("draw.cpp", KEPT, KEPT.replace("< min_p", "< min_p / 2"), check_rules),
+    "min-p of half the likeliest": ("draw.cpp", KEPT, KEPT.replace("min_p)", "min_p / 2)"), check_rules),
     "sums of before": ("draw.cpp", "const double wanted = point * total;", "const double wanted = point * n;", check_rules),
 }
 

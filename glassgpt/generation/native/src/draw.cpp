@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <climits>
 #include <cmath>
 #include <functional>
 #include <vector>
@@ -17,6 +18,8 @@ struct Candidate {
         return logit > other.logit || (logit == other.logit && id < other.id);
     }
 };
+
+constexpr Candidate kNone = {-INFINITY, 0, INT_MAX};  // after all others
 
 // The k-th largest of n logits. So many blocks have a maximum of at least the k-th largest maximum: what lies below cannot be it.
 float kth_largest(const float* logits, int n, int k) {
@@ -60,7 +63,7 @@ Candidate last_of_nucleus(const float* logits, const float* shares, int n, doubl
         else before = half, begin = middle;
     }
     std::sort(begin, end);
-    if (begin == end) return {-INFINITY, 0, n};  // nothing is a number
+    if (begin == end) return kNone;
     auto last = begin;
     while (last + 1 < end && (before += last->share) < mass) last++;
     return *last;
@@ -92,16 +95,12 @@ int draw(const Kernels& kernels, const float* logits, int n, int best, const Sam
             if (logits[i] < least) shares[i] = 0;
     }
     double total = add_up();
-    const double min_p = sampling.min_p;
-    if (sampling.top_p < 1) {
-        // shares below this are together less than what may be left out
-        const Candidate last = last_of_nucleus(logits, shares.data(), n, sampling.top_p * total, (1.0 - sampling.top_p) * total / n);
+    Candidate last = kNone;
+    if (sampling.top_p < 1)  // shares below the least are together less than what may be left out
+        last = last_of_nucleus(logits, shares.data(), n, sampling.top_p * total, (1 - sampling.top_p) * total / n);
+    if (sampling.top_p < 1 || sampling.min_p > 0) {
         for (int i = 0; i < n; i++)
-            if (last < Candidate{logits[i], 0, i} || shares[i] < min_p) shares[i] = 0;
-        total = add_up();
-    } else if (min_p > 0) {
-        for (int i = 0; i < n; i++)
-            if (shares[i] < min_p) shares[i] = 0;  // the likeliest token's is 1
+            if (last < Candidate{logits[i], 0, i} || shares[i] < sampling.min_p) shares[i] = 0;  // the likeliest token's is 1
         total = add_up();
     }
     const double wanted = point * total;
