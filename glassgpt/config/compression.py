@@ -47,7 +47,7 @@ class Compression:
     repeats: int = 9
     """Turns of each variant; medians and distances of the quartiles are reported."""
     threads: int | None = None
-    """CPU threads (default: OMP_NUM_THREADS, or one for each core)."""
+    """CPU threads (default: one for each core, or OMP_NUM_THREADS if that is fewer)."""
     svg: str | None = None
     """Draw into this .svg file."""
     png: str | None = None

@@ -26,7 +26,7 @@ class Compute:
     cache: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Numbers of the keys and values that are kept; shorter ones take less memory (native only)."""
     threads: int | None = None
-    """CPU threads (default: OMP_NUM_THREADS, or one for each core)."""
+    """CPU threads (default: one for each core, or OMP_NUM_THREADS if that is fewer)."""
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -20,6 +20,7 @@ from glassgpt.config.compute import Compute
 from glassgpt.config.model import MoeConfig
 from glassgpt.config.quantize import Recipe
 from glassgpt.generation import native, opening
+from glassgpt.generation.native import packing
 from glassgpt.generation.native.model_file import expected, mapped
 from glassgpt.generation.opening import open_model
 from glassgpt.model import GPT, weights
@@ -71,6 +72,7 @@ def test_the_names_and_shapes_are_the_networks(name: str) -> None:
         assert expected(config) == {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
 
 
+@pytest.mark.parametrize("pieces", [32, 4096])
 @pytest.mark.parametrize(
     ("name", "stored"),
     [
@@ -79,7 +81,11 @@ def test_the_names_and_shapes_are_the_networks(name: str) -> None:
         *(("plain", f"int{kind}") for kind in ("8/row", "8/16", "4/8")),
     ],
 )
-def test_the_same_bits(name: str, stored: str, portable: str, tmp_path: Path) -> None:
+def test_the_same_bits(
+    name: str, stored: str, pieces: int, portable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read whole, or some rows at a time."""
+    monkeypatch.setattr(packing, "ROWS", pieces)
     folder = saved(tmp_path / "m", small(**SHAPES[name]), stored)
     ids = tokens(small(**SHAPES[name]))
     for precision in ("as-is", "float32", "bfloat16"):
@@ -92,37 +98,21 @@ def test_the_same_bits(name: str, stored: str, portable: str, tmp_path: Path) ->
         assert torch.equal(logits(found, ids), logits(other, ids))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is in memory")
-def test_memory_is_given_back_and_the_file_left_alone(portable: str, tmp_path: Path) -> None:
-    """Of what the file is mapped to nothing but a few pages at its parts' ends stays in memory."""
-    folder = saved(tmp_path / "m", small(width=256, n_layer=4))
-    before = (folder / "model.safetensors").read_bytes()
-    for release, share in ((False, (0.9, 1.1)), (True, (0.0, 0.2))):
-        source = native.ModelFile(folder)
-        model = native.open_model(source, kernels=portable, threads=1, release=release)
-        resident = [
-            int(line.split()[1]) * 1024
-            for text in Path("/proc/self/smaps").read_text().split("model.safetensors")[1:]
-            for line in text.splitlines()
-            if line.startswith("Rss:")
-        ]
-        assert share[0] <= resident[0] / len(before) <= share[1]
-        assert logits(model, tokens(source.config)).isfinite().all()
-        del source, model
-    assert (folder / "model.safetensors").read_bytes() == before
-
-
 HF: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt_neo": {"spans": ("full", "window"), "window_tokens": 5, "qkv_bias": False, "attention_scale": 1.0},
 }
 
 
+@pytest.mark.parametrize("pieces", [64, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", HF)
-def test_folders_of_hugging_face(name: str, dtype: torch.dtype, portable: str, tmp_path: Path) -> None:
-    """Turned matrices, matrices in three parts, a prefix, buffers that hold no parameter."""
-    network = noisy(small(**HF[name]), torch.float32, 0.1)
+def test_folders_of_hugging_face(
+    name: str, dtype: torch.dtype, pieces: int, portable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turned matrices, matrices in three parts, a prefix, buffers that hold no parameter; pieces that end within a part."""
+    monkeypatch.setattr(packing, "ROWS", pieces)
+    network = noisy(small(width=48, **HF[name]), torch.float32, 0.1)
     weights.save_hf(network, tmp_path, None, dtype)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == name
     path = tmp_path / "model.safetensors"
@@ -134,6 +124,33 @@ def test_folders_of_hugging_face(name: str, dtype: torch.dtype, portable: str, t
         found = native.open_model(native.ModelFile(tmp_path, is_hf=True), **options, release=True)
         other = native.open_model(weights.load_hf(tmp_path), **options)
         assert torch.equal(logits(found, ids), logits(other, ids))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell what is in memory")
+@pytest.mark.parametrize("name", ["ours", *HF])
+def test_memory_is_given_back_and_the_file_left_alone(name: str, portable: str, tmp_path: Path) -> None:
+    """Of what the file is mapped to nothing but a few pages at its parts' ends stays in memory."""
+    config = small(width=256, n_layer=4, **HF.get(name, {}))
+    if name == "ours":
+        saved(tmp_path / name, config)
+    else:
+        (tmp_path / name).mkdir()
+        weights.save_hf(noisy(config, torch.float32, 0.1), tmp_path / name, None)
+    path = tmp_path / name / "model.safetensors"
+    before = path.read_bytes()
+    for release, share in ((False, (0.9, 1.1)), (True, (0.0, 0.2))):
+        file = native.ModelFile(tmp_path / name, name != "ours")
+        model = native.open_model(file, kernels=portable, threads=1, release=release)
+        resident = [
+            int(line.split()[1]) * 1024
+            for text in Path("/proc/self/smaps").read_text().split(str(path))[1:]
+            for line in text.splitlines()
+            if line.startswith("Rss:")
+        ]
+        assert share[0] <= resident[0] / len(before) <= share[1]
+        assert logits(model, tokens(file.config)).isfinite().all()
+        del file, model
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("where", ["named twice", "by no name of the table", "in shards", "of another architecture"])
@@ -255,10 +272,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: requantised(folder, "position_embedding"),
         "names position_embedding, which this network has not",
     ),
-    "a deep header": (
-        lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 99_992) + b"[" * 99_992) and None,
-        "weights",
-    ),
+    "a deep header": (deep, "weights"),
     "broken places": (
         rewritten(lambda header, _: header["norm_f.bias"].update(data_offsets=[0.0, 128.0])),
         "truncated or not a weights file",
@@ -346,6 +360,22 @@ def test_both_ways_tell_the_same(portable: str, tmp_path: Path, monkeypatch: pyt
                 long = open_model(str(folder), "cpu", compute)
             assert (short.used, short.parameters) == (long.used, long.parameters)
             assert torch.equal(*(logits(one.model, tokens(small())) for one in (short, long)))  # type: ignore[arg-type]
+
+
+def test_a_recipe_of_nothing_is_none(portable: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", small())
+    values = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(values | {"quantisation": {"version": 1, "matrices": {}}}))
+    assert open_model(str(folder), "cpu", Compute()).used["precision"] == "float32"
+    assert open_model(str(folder), "cpu", Compute(precision="int8")).used["precision"] == "int8"
+
+
+def test_floats_are_no_codes(portable: str) -> None:
+    """Rows of another kind than the matrix leave it empty, so they are refused."""
+    model = native.open_model(noisy(small(), torch.float32), kernels=portable, threads=1)
+    codes = torch.zeros(32, 32, dtype=torch.uint8)
+    assert model.lib.glass_matrix_fill_codes(model.engine, 0, 0, 0, 32, codes.data_ptr(), codes.data_ptr()) < 0
+    assert b"cannot be filled with codes" in model.lib.glass_error()
 
 
 def test_places_in_a_file_must_fit(tmp_path: Path) -> None:

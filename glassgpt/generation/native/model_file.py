@@ -43,7 +43,8 @@ class ModelFile:
             if is_hf:
                 (kind, self.config), self.recipe = families.read_hf(folder), None
             else:
-                self.config, self.recipe = read_own(folder)
+                self.config, recipe = read_own(folder)
+                self.recipe = recipe if recipe and recipe.matrices else None
         except UserError as error:
             raise Unfit(str(error)) from error
         _require(not (folder / SHARDED).is_dir() and not self.config.moe.experts, "parts, or experts")
@@ -76,8 +77,8 @@ class FileSource:
         """`precision` is what plain matrices become: float32, bfloat16, or what they are. Raises Unfit for those that are not
         kept so here."""
         self.config, self._file, self._asked = file.config, file, precision
-        bits = next(iter(file.recipe.matrices.values()), None) if file.recipe else None
-        self.precision = precision if precision != "as-is" else f"int{bits}" if bits else self._number("token_embedding")
+        stored = f"int{next(iter(file.recipe.matrices.values()))}" if file.recipe else self._number("token_embedding")
+        self.precision = stored if precision == "as-is" else precision
 
     def _number(self, name: str) -> str:
         """What a plain matrix becomes."""

@@ -407,9 +407,10 @@ static auto guarded(Work work, decltype(work()) failed) -> decltype(work()) {
 
 // work(matrix, panel, row, count) for each panel that these outputs are; row counts from the first of them.
 template <class Work>
-static int32_t fill(glass_engine* engine, int layer, int name, int first, int rows, Work work) {
+static int32_t fill(glass_engine* engine, int layer, int name, int first, int rows, bool codes, Work work) {
     return guarded([&] {
         Matrix& matrix = engine->matrix(layer, name);
+        if (matrix.is_coded() != codes) fail("a matrix of floats cannot be filled with codes, nor one of codes with floats");
         if (first % kPanel || first + rows > matrix.N) fail("rows do not fit the matrix");
         engine->team.run([&](int thread) {
             const auto [begin, end] = engine->team.part((rows + kPanel - 1) / kPanel, thread);
@@ -447,14 +448,14 @@ int32_t glass_matrix_new(glass_engine* engine, int32_t layer, int32_t name, int3
 int32_t glass_matrix_fill(glass_engine* engine, int32_t layer, int32_t name, int32_t first, int32_t rows, int32_t number, const void* values,
                           int64_t row_step, int64_t column_step) {
     const Stored stored = {Number(number), values, row_step, column_step};
-    return fill(engine, layer, name, first, rows, [&](Matrix& matrix, int panel, int row, int count) {
-        if (!matrix.is_coded()) matrix.fill(panel, count, stored.from_row(row));
+    return fill(engine, layer, name, first, rows, false, [&](Matrix& matrix, int panel, int row, int count) {
+        matrix.fill(panel, count, stored.from_row(row));
     });
 }
 
 int32_t glass_matrix_fill_codes(glass_engine* engine, int32_t layer, int32_t name, int32_t first, int32_t rows, const uint8_t* codes, const float* scales) {
-    return fill(engine, layer, name, first, rows, [&](Matrix& matrix, int panel, int row, int count) {
-        if (matrix.is_coded()) matrix.fill(panel, count, codes + row * matrix.code_row_bytes(), scales + int64_t(row) * matrix.groups);
+    return fill(engine, layer, name, first, rows, true, [&](Matrix& matrix, int panel, int row, int count) {
+        matrix.fill(panel, count, codes + row * matrix.code_row_bytes(), scales + int64_t(row) * matrix.groups);
     });
 }
 

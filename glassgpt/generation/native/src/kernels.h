@@ -2,7 +2,6 @@
 // (kernels.cpp, several times); `engine.cpp` picks one when it starts and knows nothing of vectors.
 #pragma once
 // Functions here are static: each library has its own copy, in its own instructions.
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -108,11 +107,14 @@ static inline uint16_t to_bfloat16(float x) {  // to the nearest, ties to even; 
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 static inline float from_float16(uint16_t x) {
-    const int exponent = x >> 10 & 31, fraction = x & 1023;
-    const float value = exponent == 0    ? ldexpf(float(fraction), -24)
-                        : exponent == 31 ? (fraction ? NAN : INFINITY)
-                                         : ldexpf(float(1024 + fraction), exponent - 25);
-    return x >> 15 ? -value : value;
+    uint32_t bits = uint32_t(x & 0x7fff) << 13;  // exponent and fraction are in place, but the exponent counts from 15 and not from 127
+    float value;
+    memcpy(&value, &bits, 4);
+    value *= 5192296858534827628530496329220096.0f;  // 2**112; numbers below the normal ones come out right, too
+    memcpy(&bits, &value, 4);
+    bits |= ((x & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u) | uint32_t(x & 0x8000) << 16;  // infinite, NaN; the sign
+    memcpy(&value, &bits, 4);
+    return value;
 }
 static inline float from_bfloat16(uint16_t x) {
     uint32_t bits = uint32_t(x) << 16;

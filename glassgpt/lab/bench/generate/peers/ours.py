@@ -42,11 +42,11 @@ class System:
             from glassgpt.generation import native
 
             activations: Literal[8, 16] = 8 if variant.endswith("-a8") else 16
+            options: dict[str, Any] = {"activations": activations, "threads": threads, "release": True}
             try:
-                source: Any = native.ModelFile(files)
+                self.model: Any = native.open_model(native.ModelFile(files), **options)
             except native.Unfit:  # its positions are computed, say
-                source = self._network(files, 1)
-            self.model: Any = native.open_model(source, activations=activations, threads=threads, release=True)
+                self.model = native.open_model(self._network(files, 1), **options)
         else:
             self.model = self._network(files, threads)
 
