@@ -43,6 +43,10 @@ class Recipe:
         """int8, int4, or int4+8."""
         return "int" + "+".join(str(bits) for bits in sorted(set(self.matrices.values())))
 
+    def shapes(self, bits: int, N: int, K: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of the codes (4 bits two to a byte) and the scales that a file has for an (N, K) matrix; the group must divide K."""
+        return (N, K if bits == 8 else -(-K // 2)), (N, K // (self.group or K))
+
     def kind(self, bits: int) -> str:
         """What stands for the dtype of a matrix: int8 with a scale for each output, int4/32 with one for 32 inputs."""
         return f"int{bits}" if self.group is None else f"int{bits}/{self.group}"

@@ -43,13 +43,17 @@ def open_model(name: str, device: str, compute: Compute, is_draft: bool = False)
 
 def _from_file(found: Found, device: str, compute: Compute, is_draft: bool) -> Opened | None:
     """A model whose file the native engine can read by itself; None for every other, and for one that is damaged."""
-    if not (device == "cpu" or (device == "auto" and not _may_have_gpu())) or compute.engine == "plain" or found.base is not None:
+    if compute.engine == "plain" or found.base is not None:
+        return None
+    if device != "cpu" and (device != "auto" or _may_have_gpu()):
         return None
     try:
         file = native.ModelFile(found.folder, found.is_hf)
-        compute = _of_draft(compute, is_draft and file.recipe is not None)
-        asked, tokenizer = compute.resolved(file.recipe), found.tokenizer()
-        if tokenizer.vocab_size > file.config.vocab_size or asked.precision not in ("as-is", "float32", "bfloat16"):
+        asked = _of_draft(compute, is_draft and file.recipe is not None).resolved(file.recipe)
+        if asked.precision not in ("as-is", "float32", "bfloat16"):
+            return None
+        tokenizer = found.tokenizer()
+        if tokenizer.vocab_size > file.config.vocab_size:
             return None
         options: dict[str, Any] = {"precision": asked.precision, "activations": asked.activations, "cache": asked.cache}
         model = native.open_model(file, **options, threads=asked.threads, release=True)

@@ -56,8 +56,9 @@ def expected(config: ModelConfig, recipe: Recipe) -> dict[str, Expected]:
         N, K = found.pop(f"{name}.weight").shape
         if K % (recipe.group or K):
             raise UserError(f"{RECIPE}.group is {recipe.group}, which does not divide the {K} inputs of {name}")
-        found[f"{name}.codes"] = Expected((N, K if bits == 8 else -(-K // 2)), (torch.uint8,))
-        found[f"{name}.scales"] = Expected((N, K // (recipe.group or K)), (torch.bfloat16 if recipe.group else torch.float32,))
+        codes, scales = recipe.shapes(bits, N, K)
+        found[f"{name}.codes"] = Expected(codes, (torch.uint8,))
+        found[f"{name}.scales"] = Expected(scales, (torch.bfloat16 if recipe.group else torch.float32,))
     return found
 
 

@@ -48,10 +48,10 @@ def portable(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
-    """`mutant(file, right, wrong)`: from here on the portable kernels have `wrong` in the place of `right`."""
+def noticed(portable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`noticed(file, right, wrong, check)`: portable kernels with `wrong` in the place of `right` fail the check."""
 
-    def change(file: str, right: str, wrong: str) -> None:
+    def fails(file: str, right: str, wrong: str, check: Callable[[str], None]) -> None:
         sources = tmp_path / "src"
         shutil.copytree(build.SOURCES, sources)
         text = (sources / file).read_text()
@@ -60,7 +60,9 @@ def mutant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
         monkeypatch.setattr(build, "SOURCES", sources)
         monkeypatch.setattr(build, "INSTRUCTION_SETS", {"portable": []})
         path = build.build(tmp_path, "wrong", build.find_compiler(), ["-O1"])
-        found = library.opened(str(path))
-        monkeypatch.setattr(native_model, "library", lambda: found)
+        mutant = library.opened(str(path))
+        monkeypatch.setattr(native_model, "library", lambda: mutant)
+        with pytest.raises(AssertionError):
+            check(portable)
 
-    return change
+    return fails

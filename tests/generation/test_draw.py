@@ -16,7 +16,6 @@ from glassgpt.generation.native import NativeModel
 from glassgpt.generation.plain_runner import TensorScores
 from glassgpt.generation.sampling import distribution
 
-Mutant = Callable[[str, str, str], None]
 NEAR = 2e-6
 """Of float32's roundings: what is decided by less than this may be decided otherwise."""
 RULES: dict[str, dict[str, Any]] = {
@@ -214,8 +213,5 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[str], None]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_wrong_rules_are_noticed(name: str, portable: str, mutant: Mutant) -> None:
-    *change, check = MUTANTS[name]
-    mutant(*change)
-    with pytest.raises(AssertionError):
-        check(portable)
+def test_wrong_rules_are_noticed(name: str, noticed: Callable[..., None]) -> None:
+    noticed(*MUTANTS[name])

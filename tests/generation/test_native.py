@@ -29,8 +29,6 @@ from glassgpt.generation.runner import Scores
 from glassgpt.model import GPT
 from glassgpt.model.quantised import Codes, dequantised, put, round_to_nearest, targets
 
-Mutant = Callable[[str, str, str], None]
-
 PAGE = 64
 """Positions that lie together in the engine's cache."""
 TINY: dict[str, Any] = {"vocab_size": 131, "context_tokens": 2 * PAGE + 12, "width": 64, "n_layer": 2}
@@ -637,8 +635,5 @@ MUTANTS: dict[str, tuple[str, str, str, Callable[[str], None]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_wrong_kernels_are_noticed(name: str, portable: str, mutant: Mutant) -> None:
-    *change, check = MUTANTS[name]
-    mutant(*change)
-    with pytest.raises(AssertionError):
-        check(portable)
+def test_wrong_kernels_are_noticed(name: str, noticed: Callable[..., None]) -> None:
+    noticed(*MUTANTS[name])

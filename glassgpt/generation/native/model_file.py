@@ -222,15 +222,17 @@ def _parts(found: dict[str, Mapped], place: families.Stored, rows: Sequence[int]
 
 def _coded(config: ModelConfig, recipe: Recipe | None) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
     """The shapes of the quantised matrices, and those of all tensors, codes and scales in their places."""
-    coded, wanted = {}, expected(config)
+    coded: dict[str, tuple[int, int]] = {}
+    wanted = expected(config)
+    if recipe is None:
+        return coded, wanted
     names = matrix_names(config)
-    for name, bits in recipe.matrices.items() if recipe else ():
+    for name, bits in recipe.matrices.items():
         _require(name in names, f"{name} in codes")
         N, K = wanted.pop(f"{name}.weight")
-        group = (recipe.group if recipe else None) or K
-        _require(K % group == 0, f"groups of {name}")
+        _require(K % (recipe.group or K) == 0, f"groups of {name}")
         coded[name] = (N, K)
-        wanted |= {f"{name}.codes": (N, K if bits == 8 else -(-K // 2)), f"{name}.scales": (N, K // group)}
+        wanted[f"{name}.codes"], wanted[f"{name}.scales"] = recipe.shapes(bits, N, K)
     return coded, wanted
 
 

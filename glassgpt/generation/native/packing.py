@@ -123,8 +123,8 @@ def pack(lib: Any, engine: int, source: Source, release: bool) -> None:
 
     With `release` the source's own are given back on the way, so that they are never held twice; it is then of no more use.
     """
-    config = source.config
-    matrices = {path: source.matrix(path) for path in matrix_names(config)}  # all are understood before anything is given back
+    config, names = source.config, matrix_names(source.config)
+    matrices = {path: source.matrix(path) for path in names}  # all are understood before anything is given back
     for layer in range(config.n_layer) if config.mlp == "swiglu" else ():
         up, gate = (matrices[f"blocks.{layer}.mlp.{name}"] for name in ("up", "gate"))
         if (up.number, up.group) != (gate.number, gate.group):  # they read the same rows, made ready once
@@ -138,7 +138,7 @@ def pack(lib: Any, engine: int, source: Source, release: bool) -> None:
         vector(layer, name, source.vector(f"{path}.weight"))
         vector(layer, f"{name}_bias", source.vector(f"{path}.bias"))
 
-    for path, (layer, name) in matrix_names(config).items():
+    for path, (layer, name) in names.items():
         _fill(lib, (engine, layer, MATRICES[name]), matrices[path], release)
         if name not in ("embedding", "head"):
             vector(layer, f"{name}_bias", source.vector(f"{path}.bias"))
