@@ -152,10 +152,11 @@ def is_gone(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    """Whether it was so once: what it looks for may be gone again a moment later."""
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while not (holds := condition()) and time.monotonic() < end:
         time.sleep(0.02)
-    return condition()
+    return holds
 
 
 def pid_in(name: str) -> int:
